@@ -1,0 +1,32 @@
+"""Channel mean and standard deviation of DRIVE's training photographs inside the field of view."""
+
+import argparse
+
+import numpy as np
+
+from my_dataset import OUTSIDE, DriveDataset
+from train_utils.command_line import run_script
+
+
+def compute_mean_std(dataset: DriveDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over the photographs of each one's channel mean and standard deviation, in [0, 1], each float64 [3]."""
+    inside = [image[label != OUTSIDE] / 255 for image, label in zip(dataset.images, dataset.labels, strict=True)]
+    return np.mean([pixels.mean(axis=0) for pixels in inside], axis=0), np.mean(
+        [pixels.std(axis=0) for pixels in inside], axis=0
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    mean, std = compute_mean_std(DriveDataset(args.data_path, train=True))
+    print(f"mean: {mean}")
+    print(f"std: {std}")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-path", default="./", help="the folder that contains DRIVE (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser().parse_args())

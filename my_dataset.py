@@ -1,0 +1,184 @@
+"""DRIVE on disk -> (image, label) pairs.
+
+Source: J. Staal et al., "Ridge-based vessel segmentation in color images of the retina", IEEE TMI 23(4), 2004.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+# Channel mean and standard deviation inside the field of view, over DRIVE's 20 training photographs, in [0, 1].
+DRIVE_MEAN = (0.709, 0.381, 0.224)
+DRIVE_STD = (0.127, 0.079, 0.043)
+
+BACKGROUND, VESSEL, OUTSIDE = 0, 1, 255  # the values of a label; OUTSIDE the field of view nothing is learned or scored
+
+
+class DatasetError(ValueError):
+    """The data on disk are not what they should be; the message names the file, what was found and what to do."""
+
+
+def find_drive(root: str | Path) -> Path:
+    """The DRIVE folder that `root` contains, or `root` itself where it is the DRIVE folder.
+
+    Raises:
+        DatasetError: neither `root/DRIVE/training/images` nor `root/training/images` exists.
+    """
+    root = Path(root)
+    for folder in (root / "DRIVE", root):
+        if (folder / "training" / "images").is_dir():
+            return folder
+    if not root.is_dir():
+        found = "there is no such folder"
+    else:
+        names = sorted(entry.name for entry in root.iterdir())
+        found = "found there: " + (", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "nothing")
+    raise DatasetError(
+        f"--data-path {root}: no DRIVE data set; looked for {root / 'DRIVE' / 'training' / 'images'} and "
+        f"{root / 'training' / 'images'}; {found}. Give the folder that contains DRIVE"
+    )
+
+
+def has_test_labels(root: str | Path) -> bool:
+    """Whether `test/1st_manual` holds labels; the official download has come without them for years."""
+    return any((find_drive(root) / "test" / "1st_manual").glob("[!.]*.gif"))
+
+
+class DriveDataset(Dataset):
+    """DRIVE's photographs with their first observer's labels.
+
+    Everything is read and checked once, here; the decoded photographs stay in memory (1.3 MB each).
+
+    Args:
+        root: the folder that contains `DRIVE`, or the DRIVE folder itself.
+        train: the training photographs; else those to validate on.
+        transforms: called as `transforms(image, label)` on each item.
+        val_split: hold the last `val_split` training photographs (sorted by name) out; `train=False` then gives
+            these instead of the test photographs.
+
+    Items:
+        `(image, label)`: an RGB PIL image, and an 8-bit PIL image with 0 = background, 1 = vessel, 255 = outside the
+        field of view; or what `transforms` makes of them.
+
+    Raises:
+        DatasetError: files are missing, cannot be read, or hold what no label may hold.
+    """
+
+    def __init__(
+        self, root: str | Path, train: bool, transforms: Callable | None = None, *, val_split: int = 0
+    ) -> None:
+        self.flag = "training" if train or val_split else "test"
+        self.transforms = transforms
+        folder = find_drive(root) / self.flag
+        self.img_list = _split(_list_photographs(folder / "images"), train, val_split)
+        keys = [path.name.split("_")[0] for path in self.img_list]
+        self.manual = [folder / "1st_manual" / f"{key}_manual1.gif" for key in keys]
+        self.roi_mask = [folder / "mask" / f"{key}_{self.flag}_mask.gif" for key in keys]
+        self._check_companions()
+        self.images = [read_photograph(path) for path in self.img_list]  # uint8 [H, W, 3] each
+        self.labels = [
+            _read_label(*paths, image.shape[:2])
+            for *paths, image in zip(self.manual, self.roi_mask, self.img_list, self.images, strict=True)
+        ]  # uint8 [H, W] each
+
+    def _check_companions(self) -> None:
+        for image, *companions in zip(self.img_list, self.manual, self.roi_mask, strict=True):
+            for companion in companions:
+                if not companion.is_file():
+                    raise DatasetError(
+                        f"{image}: its {'label' if companion in self.manual else 'field-of-view mask'} {companion} "
+                        "is missing; add that file, or take the photograph out of the folder"
+                    )
+
+    def __getitem__(self, idx: int) -> tuple[Any, Any]:
+        image, label = Image.fromarray(self.images[idx]), Image.fromarray(self.labels[idx])
+        if self.transforms is not None:
+            image, label = self.transforms(image, label)
+        return image, label
+
+    def __len__(self) -> int:
+        return len(self.img_list)
+
+    @staticmethod
+    def collate_fn(batch: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Join items of unequal sizes: images [N, C, H, W] padded with 0, labels [N, H, W] padded with 255."""
+        images, labels = zip(*batch, strict=True)
+        return cat_list(images, fill_value=0), cat_list(labels, fill_value=OUTSIDE)
+
+
+def cat_list(images: Sequence[Tensor], fill_value: int = 0) -> Tensor:
+    """Stack tensors [..., H, W] of unequal sizes, padded at the right and bottom with `fill_value`."""
+    height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
+    batch = images[0].new_full((len(images), *images[0].shape[:-2], height, width), fill_value)
+    for image, place in zip(images, batch, strict=True):
+        place[..., : image.shape[-2], : image.shape[-1]].copy_(image)
+    return batch
+
+
+def _list_photographs(folder: Path) -> list[Path]:
+    # The order of a directory differs between machines, and archives made on a Mac hold "._name" companions.
+    photographs = sorted(folder.glob("[!.]*.tif"))
+    if not photographs:
+        raise DatasetError(f"{folder}: no photographs (*.tif) there; unpack the DRIVE archive again")
+    return photographs
+
+
+def _split(photographs: list[Path], train: bool, val_split: int) -> list[Path]:
+    if not val_split:
+        return photographs
+    if not 0 < val_split < len(photographs):
+        raise DatasetError(
+            f"--val-split {val_split}: {len(photographs)} training photographs in {photographs[0].parent} leave room "
+            f"for 1 to {len(photographs) - 1}"
+        )
+    return photographs[:-val_split] if train else photographs[-val_split:]
+
+
+def _open(path: Path, mode: str) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert(mode))
+    except UnidentifiedImageError as error:
+        raise DatasetError(f"{path}: not an image; replace it from the DRIVE archive") from error
+    # Pillow reports damaged files by whatever its decoders run into.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+        raise DatasetError(f"{path}: cannot be read ({error}); replace it from the DRIVE archive") from error
+
+
+def read_photograph(path: Path) -> np.ndarray:
+    """Decode a photograph as RGB, uint8 [H, W, 3]."""
+    return _open(path, "RGB")
+
+
+def read_binary_mask(path: Path) -> np.ndarray:
+    """Decode a black-and-white picture of any kind (0/1, 0/255, RGB, palette) as bool [H, W], True = white.
+
+    Raises:
+        DatasetError: it holds other values than 0 and 255, or 0 and 1.
+    """
+    mask = _open(path, "L")
+    values = np.unique(mask)
+    white = 1 if values.max() == 1 else 255
+    if not np.isin(values, (0, white)).all():
+        found = ", ".join(map(str, values[:6])) + (", ..." if len(values) > 6 else "")
+        raise DatasetError(
+            f"{path}: a mask must hold 0 and 255 (or 0 and 1) alone, but holds the values {found}; "
+            "save it again in black and white, without loss or smoothing"
+        )
+    return mask == white
+
+
+def _read_label(manual_path: Path, roi_path: Path, image_path: Path, size: tuple[int, int]) -> np.ndarray:
+    vessels, field_of_view = read_binary_mask(manual_path), read_binary_mask(roi_path)
+    for path, mask in ((manual_path, vessels), (roi_path, field_of_view)):
+        if mask.shape != size:
+            raise DatasetError(
+                f"{path}: is {mask.shape[1]} x {mask.shape[0]} pixels, but its photograph {image_path} is "
+                f"{size[1]} x {size[0]}; they must match"
+            )
+    return np.where(field_of_view, vessels, OUTSIDE).astype(np.uint8)

@@ -1,0 +1,138 @@
+"""The only module that reads or writes weights.
+
+A checkpoint is a dict of tensors and plain values with the tutorial's keys (`model`, `optimizer`, `lr_scheduler`,
+`epoch`, `args`, with AMP `scaler`) and this project's: `model_args` (of `src.create_model`), `mean` and `std` (how the
+photographs were normalised), `best_dice`, and `history` (the rows of the results files).
+"""
+
+import argparse
+import io
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from my_dataset import DRIVE_MEAN, DRIVE_STD
+from src import create_model, model_args_from_state_dict
+
+from .files import replace_whole
+
+LAST_MODEL, BEST_MODEL = "last_model.pth", "best_model.pth"
+
+Checkpoint = dict[str, Any]
+
+
+class CheckpointError(ValueError):
+    """A file of weights is missing, damaged, not safe to read, or of another model; the message names it."""
+
+
+def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Write a checkpoint whole or not at all.
+
+    Raises:
+        train_utils.files.OutputError: the file cannot be written; one that stood there before is intact.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(checkpoint), buffer)
+    with replace_whole(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def _read(path: Path) -> Any:
+    try:
+        # Files of the tutorial hold their `args` as a pickled Namespace, which is data; nothing else is let in.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file of weights; train first, or give the path of one") from error
+    except UnpicklingError as error:
+        forbidden = re.search(r"Unsupported (?:global|class|operand)[^\n]*?([\w.]+\.\w+)", str(error))
+        if forbidden:
+            raise CheckpointError(
+                f"{path}: refused, since the file wants to run code ({forbidden[1]}); nothing of it was executed. "
+                "Give a file that holds tensors and plain values alone"
+            ) from error
+        raise CheckpointError(f"{path}: not a file of weights; give one that train.py wrote") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    # A truncated or foreign archive: torch and its pickle reader raise whatever they stumble over.
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a whole file of weights; give one that train.py wrote") from error
+
+
+def _without_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names as the plain model has them, whether it was wrapped by torch.compile, DistributedDataParallel or both."""
+    return {re.sub(r"^(?:_orig_mod\.|module\.)+", "", name): value for name, value in state_dict.items()}
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint of this project or of the tutorial, or a bare state dict, onto the CPU.
+
+    `model`, `model_args`, `mean`, `std`, `args` (a dict) and `path` are there whatever wrote the file; the rest only
+    where it was in the file.
+
+    Raises:
+        CheckpointError: no such file; no checkpoint; pickled code inside (which is not executed); not a U-Net's.
+    """
+    path = Path(path)
+    content = _read(path)
+    if isinstance(content, Mapping) and "model" not in content and _is_state_dict(content):
+        content = {"model": content}
+    if not (isinstance(content, Mapping) and _is_state_dict(content.get("model"))):
+        raise CheckpointError(f"{path}: holds no model weights (no key 'model'); give a file that train.py wrote")
+    checkpoint = dict(content) | {"path": str(path)}
+    checkpoint["model"] = _without_prefixes(checkpoint["model"])
+    if "model_args" not in checkpoint:
+        try:
+            checkpoint["model_args"] = model_args_from_state_dict(checkpoint["model"])
+        except KeyError as error:
+            raise CheckpointError(
+                f"{path}: holds the weights of another model, not of this U-Net (it has no {error.args[0]})"
+            ) from error
+    checkpoint.setdefault("mean", list(DRIVE_MEAN))
+    checkpoint.setdefault("std", list(DRIVE_STD))
+    args = checkpoint.get("args", {})
+    checkpoint["args"] = vars(args) if isinstance(args, argparse.Namespace) else args
+    return checkpoint
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights into a model of the same shape.
+
+    Raises:
+        CheckpointError: they are of another shape, or hold NaN or infinite values.
+    """
+    expected, found, path = model.state_dict(), checkpoint["model"], checkpoint["path"]
+    wrong = [name for name in expected if name not in found or found[name].shape != expected[name].shape]
+    wrong += [name for name in found if name not in expected]
+    if wrong:
+        name = wrong[0]
+        sides = [tuple(side[name].shape) if name in side else "nothing" for side in (expected, found)]
+        raise CheckpointError(
+            f"{path}: the weights of another model: at {name} this model has {sides[0]}, the file {sides[1]}"
+            + (f" (and {len(wrong) - 1} more differ)" if len(wrong) > 1 else "")
+            + "; give the flags that it was trained with, such as --base-c and --num-classes"
+        )
+    if not all(value.isfinite().all() for value in found.values()):
+        raise CheckpointError(f"{path}: the weights hold NaN or infinite values; train again with a lower --lr")
+    model.load_state_dict(found)
+
+
+def load_model(path: str | Path, device: torch.device) -> tuple[nn.Module, Checkpoint]:
+    """Build the model that a file describes, in eval mode on `device`, and give the rest of the file with it.
+
+    Raises:
+        CheckpointError: as `load_checkpoint` and `load_weights`.
+    """
+    checkpoint = load_checkpoint(path)
+    model = create_model(**checkpoint["model_args"])
+    load_weights(model, checkpoint)
+    return model.to(device).eval(), checkpoint

@@ -1,0 +1,100 @@
+"""What the scripts' command lines have in common: flag types, the device, and errors as one line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+
+from my_dataset import DatasetError
+
+from .checkpoint import CheckpointError
+from .distributed_utils import DistributedError
+from .files import OutputError
+from .train_and_eval import NonFiniteLossError
+
+
+class UsageError(ValueError):
+    """A flag has a value that cannot work here; the message names the flag."""
+
+
+# What a user can mend. Anything else is a fault of ours and keeps its traceback.
+USER_ERRORS = (CheckpointError, DatasetError, DistributedError, NonFiniteLossError, OutputError, UsageError)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that shows defaults in its help and answers a wrong flag with one line."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def at_least(low: int, kind: type = int) -> Callable[[str], int | float]:
+    """A flag's type: a finite number of `kind` that is not below `low`."""
+
+    def parse(text: str) -> int | float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = None
+        if number is None or not low <= number < float("inf"):
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {noun} of at least {low}, found {text!r}")
+        return number
+
+    return parse
+
+
+def boolean(text: str) -> bool:
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"must be True or False, found {text!r}")
+    return values[text.lower()]
+
+
+def add_switch(parser: argparse.ArgumentParser, *names: str, default: bool, help: str) -> None:
+    """Add a switch that is understood as `--name`, `--no-name`, `--name True` and `--name False`."""
+    action = parser.add_argument(*names, nargs="?", const=True, default=default, type=boolean, help=help)
+    negations = [f"--no-{name.removeprefix('--')}" for name in names]
+    parser.add_argument(*negations, dest=action.dest, action="store_false", default=argparse.SUPPRESS)
+
+
+def select_device(name: str, index: int = 0) -> torch.device:
+    """The device that `--device` names; the CPU where it is cuda and there is no GPU.
+
+    Args:
+        name: as `torch.device` takes it.
+        index: the GPU to use where the name has no number.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                return torch.device("cpu")
+            device = torch.device("cuda", index if device.index is None else device.index)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name}: no such device here ({reason}); use cuda, cuda:0 or cpu") from error
+    return device
+
+
+def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Run a script's `main`; what the user can mend ends in one line on stderr and exit status 1."""
+    try:
+        main(args)
+    except USER_ERRORS as error:
+        # The processes of one machine meet the same error; the first of them speaks.
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

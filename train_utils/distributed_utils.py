@@ -1,0 +1,120 @@
+"""The process group, the ranks, and reductions over them.
+
+Everything here works in a single process too, where there is no group.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class DistributedError(RuntimeError):
+    """The processes cannot be joined as asked; the message names the flag or variable."""
+
+
+def is_dist_avail_and_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if is_dist_avail_and_initialized() else 1
+
+
+def get_rank() -> int:
+    return dist.get_rank() if is_dist_avail_and_initialized() else 0
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def save_on_master(*args: Any, **kwargs: Any) -> None:
+    """`torch.save` in the main process, nothing in the others."""
+    if is_main_process():
+        torch.save(*args, **kwargs)
+
+
+def mkdir(path: str | Path) -> None:
+    """Make a folder and its parents; an existing one is fine."""
+    os.makedirs(path, exist_ok=True)
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """The sum of every process's `value`, on the device of this one's."""
+    if not is_dist_avail_and_initialized():
+        return value
+    # NCCL sums on GPUs alone; a process that had no work may still hold its zeros on the CPU.
+    total = value.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
+    dist.all_reduce(total)
+    return total.to(value.device)
+
+
+def broadcast_object(value: Any) -> Any:
+    """The main process's `value`, in every process."""
+    box = [value]
+    if is_dist_avail_and_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process the main one's buffers (the running statistics of BatchNorm drift apart in training)."""
+    if is_dist_avail_and_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def _slurm_rank(args: argparse.Namespace) -> tuple[int, int, int]:
+    rank, local_rank = int(os.environ["SLURM_PROCID"]), int(os.environ.get("SLURM_LOCALID", 0))
+    world_size = int(os.environ.get("SLURM_NTASKS", args.world_size))
+    if world_size > 1 and args.dist_url == "env://":
+        if "MASTER_ADDR" not in os.environ and int(os.environ.get("SLURM_NNODES", 1)) > 1:
+            raise DistributedError(
+                "MASTER_ADDR is not set; for several SLURM nodes put "
+                'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) before srun'
+            )
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+    return rank, world_size, local_rank
+
+
+def init_distributed_mode(args: argparse.Namespace) -> None:
+    """Join the process group that torchrun or SLURM describes in the environment; started plainly, stay alone.
+
+    Sets `args.rank`, `args.world_size`, `args.gpu` (the local rank), `args.distributed` and `args.dist_backend`: NCCL
+    where `args.device` is cuda and there is a GPU, else gloo.
+
+    Raises:
+        DistributedError: the environment asks for more processes than there are GPUs, or does not say where to meet.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    elif "SLURM_PROCID" in os.environ:
+        rank, world_size, local_rank = _slurm_rank(args)
+    else:
+        rank, world_size, local_rank = 0, 1, 0
+    use_cuda = torch.device(args.device).type == "cuda" and torch.cuda.is_available()
+    args.rank, args.world_size, args.gpu = rank, world_size, local_rank
+    args.dist_backend = "nccl" if use_cuda else "gloo"
+    # torchrun with one process is a group of one, so that NCCL is exercised on one GPU too.
+    args.distributed = world_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise DistributedError(
+                f"--nproc_per_node: local process {local_rank} has no GPU, there are {torch.cuda.device_count()}; "
+                "start as many processes as GPUs, or use --device cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    if args.distributed:
+        dist.init_process_group(args.dist_backend, init_method=args.dist_url, world_size=world_size, rank=rank)
+
+
+def leave_distributed_mode() -> None:
+    """Leave the process group after the work is done."""
+    if is_dist_avail_and_initialized():
+        dist.destroy_process_group()

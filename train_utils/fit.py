@@ -1,0 +1,184 @@
+"""The epochs of a run: train, evaluate, log, save; and the flags and data that both training scripts share."""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from my_dataset import DRIVE_MEAN, DRIVE_STD, DriveDataset, find_drive, has_test_labels
+from transforms import get_transform
+
+from .checkpoint import BEST_MODEL, LAST_MODEL, load_checkpoint, load_weights, save_checkpoint
+from .command_line import UsageError, add_switch, at_least
+from .distributed_utils import broadcast_buffers, is_main_process
+from .logger import Row
+from .metrics import ConfusionMatrix
+from .train_and_eval import NonFiniteLossError, evaluate, train_one_epoch
+from .training_state import TrainingState, load_to_resume
+
+VAL_SPLIT_WITHOUT_TEST_LABELS = 4
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of both training scripts, with the tutorial's names and defaults."""
+    add = parser.add_argument
+    add("--data-path", default="./", help="the folder that contains DRIVE")
+    add("--num-classes", default=1, type=at_least(1), help="classes without the background")
+    add("--device", default="cuda", help="where to train; cuda means the CPU where there is no GPU")
+    add("-b", "--batch-size", default=4, type=at_least(1), help="photographs a step, in each process")
+    add("--epochs", default=200, type=at_least(1), help="epochs of the whole run")
+    add("--lr", default=0.01, type=at_least(0, float), help="peak learning rate")
+    add("--momentum", default=0.9, type=at_least(0, float), help="momentum of SGD")
+    add("--wd", "--weight-decay", default=1e-4, type=at_least(0, float), dest="weight_decay", help="weight decay")
+    add("--print-freq", default=1, type=at_least(1), help="steps between progress lines")
+    add("--resume", default="", help="go on from this checkpoint; 'auto' means the newest in --output-dir, if any")
+    add("--start-epoch", "--start_epoch", default=0, type=at_least(0), help="first epoch, where not resumed")
+    add_switch(parser, "--save-best", default=True, help="keep the best epoch alone, not every one")
+    add_switch(parser, "--amp", default=False, help="automatic mixed precision (on a GPU)")
+    add("--seed", default=0, type=at_least(0), help="the same seed gives the same numbers")
+    add("--base-c", default=32, type=at_least(1), help="channels of the U-Net at full resolution")
+    add("--base-size", default=565, type=at_least(2), help="the training preset resizes to 0.5 - 1.2 times this")
+    add("--mean", nargs=3, default=list(DRIVE_MEAN), type=float, help="channel means (see compute_mean_std.py)")
+    add("--std", nargs=3, default=list(DRIVE_STD), type=float, help="channel standard deviations")
+    add("--crop-size", default=480, type=at_least(32), help="side of the training crops")
+    add(
+        "--val-split",
+        type=at_least(0),
+        metavar="N",
+        help="validate on the last N training photographs, not on the test ones "
+        f"(default: 0 with test labels, else {VAL_SPLIT_WITHOUT_TEST_LABELS})",
+    )
+    add("--test-only", action="store_true", help="only evaluate the weights that --resume names")
+
+
+def open_datasets(args: argparse.Namespace) -> tuple[DriveDataset, DriveDataset]:
+    """The photographs to train and to validate on; settles `args.val_split` where it was left open."""
+    if args.val_split is None:
+        args.val_split = 0
+        if not has_test_labels(args.data_path):
+            args.val_split = VAL_SPLIT_WITHOUT_TEST_LABELS
+            if is_main_process():
+                print(
+                    f"{find_drive(args.data_path) / 'test' / '1st_manual'} holds no labels (the official download has "
+                    f"none): validating on the last {args.val_split} training photographs, which are not trained on "
+                    "(--val-split N chooses how many)"
+                )
+    train_transform, val_transform = (
+        get_transform(train, args.mean, args.std, args.base_size, args.crop_size) for train in (True, False)
+    )
+    return (
+        DriveDataset(args.data_path, True, train_transform, val_split=args.val_split),
+        DriveDataset(args.data_path, False, val_transform, val_split=args.val_split),
+    )
+
+
+def fit(
+    model: nn.Module, train_loader: DataLoader, val_loader: DataLoader, device: torch.device, args: argparse.Namespace
+) -> float:
+    """Train for the epochs that are left, by the flags of `add_training_flags`; return the best Dice.
+
+    The main process writes the results files into the working directory, and into `args.output_dir` the newest state
+    and the best epoch's (or every epoch's, without `args.save_best`).
+
+    Raises:
+        NonFiniteLossError: the loss or the weights became NaN or infinite; the state before that epoch is kept.
+    """
+    raw_model = model.module if isinstance(model, DistributedDataParallel) else model
+    num_classes = args.num_classes + 1
+    state = TrainingState(raw_model, device, len(train_loader), args)
+    if checkpoint := load_to_resume(args):
+        state.restore(checkpoint)
+        if state.best_dice is None:
+            # The tutorial's files do not say how good they are, and a worse epoch must not replace a better one.
+            state.best_dice = evaluate(raw_model, val_loader, device, num_classes)[1]
+    if is_main_process():
+        state.results.write()
+    if state.epoch >= args.epochs and is_main_process():
+        print(f"nothing left to train: {state.epoch} epochs are done; raise --epochs {args.epochs} for more")
+
+    try:
+        while state.epoch < args.epochs:
+            started = time.time()
+            train_loader.sampler.set_epoch(state.epoch)
+            mean_loss, lr = train_one_epoch(
+                model,
+                state.optimizer,
+                train_loader,
+                device,
+                state.epoch,
+                num_classes,
+                state.lr_scheduler,
+                print_freq=args.print_freq,
+                scaler=state.scaler,
+            )
+            broadcast_buffers(raw_model)
+            _require_finite_weights(raw_model, state.epoch)
+            confusion_matrix, dice = evaluate(raw_model, val_loader, device, num_classes)
+            row = _results_row(state.epoch, mean_loss, lr, dice, confusion_matrix, time.time() - started)
+            improved = state.finish_epoch(row)
+            if is_main_process():
+                print(f"{confusion_matrix}\ndice coefficient: {dice:.3f}", flush=True)
+                _save(state, improved, args)
+    except KeyboardInterrupt:
+        if is_main_process():
+            print(f"interrupted in epoch {state.epoch}; {_where_to_resume(args)}")
+        raise SystemExit(130) from None
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"{error}; {_where_to_resume(args)}") from error
+    return state.best_dice
+
+
+def _require_finite_weights(model: nn.Module, epoch: int) -> None:
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise NonFiniteLossError(f"the weights became NaN or infinite at the end of epoch {epoch}; lower --lr")
+
+
+def _where_to_resume(args: argparse.Namespace) -> str:
+    path = Path(args.output_dir) / LAST_MODEL
+    return f"the last whole state is in {path}: --resume {path}" if path.exists() else "no epoch was saved yet"
+
+
+def _results_row(
+    epoch: int, mean_loss: float, lr: float, dice: float, confusion_matrix: ConfusionMatrix, seconds: float
+) -> Row:
+    accuracy, recall, iou = confusion_matrix.compute()
+    return {
+        "epoch": epoch,
+        "train_loss": mean_loss,
+        "lr": lr,
+        "dice": dice,
+        "global_accuracy": accuracy.item(),
+        "recall": recall.tolist(),
+        "iou": iou.tolist(),
+        "mean_iou": iou.mean().item(),
+        "seconds": seconds,
+    }
+
+
+def _save(state: TrainingState, improved: bool, args: argparse.Namespace) -> None:
+    checkpoint = state.checkpoint()
+    folder = Path(args.output_dir)
+    if not args.save_best:
+        save_checkpoint(checkpoint, folder / f"model_{checkpoint['epoch']}.pth")
+    elif improved:
+        save_checkpoint(checkpoint, folder / BEST_MODEL)
+    save_checkpoint(checkpoint, folder / LAST_MODEL)
+    state.results.write()
+
+
+def test(model: nn.Module, test_loader: DataLoader, device: torch.device, args: argparse.Namespace) -> None:
+    """Print the scores of the weights that `args.resume` names.
+
+    Raises:
+        UsageError: no weights are named.
+    """
+    if not args.resume:
+        raise UsageError("--test-only: says nothing of the weights; name them with --resume FILE")
+    load_weights(model, load_checkpoint(args.resume))
+    confusion_matrix, dice = evaluate(model, test_loader, device, args.num_classes + 1)
+    if is_main_process():
+        print(f"{confusion_matrix}\ndice coefficient: {dice:.3f}")

@@ -1,0 +1,176 @@
+"""Progress on the terminal, and the results files."""
+
+import csv
+import datetime
+import io
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .distributed_utils import is_main_process, sum_over_processes
+from .files import replace_whole
+from .metrics import format_scores
+
+
+class SmoothedValue:
+    """The last values of a series, and the mean over all of them.
+
+    Tensors stay on their device and are read only when a number is asked for: an update never waits for a GPU.
+    """
+
+    def __init__(self, window_size: int = 20, fmt: str = "{value:.4f} ({global_avg:.4f})") -> None:
+        self.deque: deque[float | Tensor] = deque(maxlen=window_size)
+        self.total: float | Tensor = 0.0
+        self.count = 0
+        self.fmt = fmt
+
+    def update(self, value: float | Tensor, n: int = 1) -> None:
+        self.deque.append(value)
+        self.count += n
+        self.total = self.total + value * n
+
+    def synchronize_between_processes(self) -> None:
+        """Sum count and total over the processes; the window stays this process's own."""
+        both = sum_over_processes(torch.tensor([float(self.total), self.count], dtype=torch.float64))
+        self.total, self.count = both[0].item(), int(both[1])
+
+    def _window(self) -> Tensor:
+        return torch.tensor([float(value) for value in self.deque])
+
+    @property
+    def median(self) -> float:
+        return self._window().median().item()
+
+    @property
+    def avg(self) -> float:
+        return self._window().mean().item()
+
+    @property
+    def global_avg(self) -> float:
+        return float(self.total) / max(self.count, 1)
+
+    @property
+    def max(self) -> float:
+        return self._window().max().item()
+
+    @property
+    def value(self) -> float:
+        return float(self.deque[-1])
+
+    def __str__(self) -> str:
+        return self.fmt.format(
+            median=self.median, avg=self.avg, global_avg=self.global_avg, max=self.max, value=self.value
+        )
+
+
+class MetricLogger:
+    """Named `SmoothedValue`s, and a loop that prints them now and then (in the main process)."""
+
+    def __init__(self, delimiter: str = "\t") -> None:
+        self.meters: dict[str, SmoothedValue] = {}
+        self.delimiter = delimiter
+
+    def add_meter(self, name: str, meter: SmoothedValue) -> None:
+        self.meters[name] = meter
+
+    def update(self, **values: float | Tensor) -> None:
+        for name, value in values.items():
+            self.meters.setdefault(name, SmoothedValue()).update(value)
+
+    def synchronize_between_processes(self) -> None:
+        for meter in self.meters.values():
+            meter.synchronize_between_processes()
+
+    def __str__(self) -> str:
+        return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
+
+    def log_every(self, iterable: Iterable, print_freq: int, header: str = "") -> Iterator[Any]:
+        """Yield the items of a sized iterable; print a progress line every `print_freq` of them and after the last.
+
+        `time` is seconds an item, `data` the part of it spent waiting for the item, `max mem` MiB of GPU memory.
+        """
+        total = len(iterable)
+        item_time, data_time = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
+        start = end = time.time()
+        for i, item in enumerate(iterable):
+            data_time.update(time.time() - end)
+            yield item
+            item_time.update(time.time() - end)
+            if is_main_process() and (i % print_freq == 0 or i == total - 1):
+                eta = datetime.timedelta(seconds=int(item_time.global_avg * (total - i - 1)))
+                parts = [header, f"[{i:{len(str(total))}d}/{total}]", f"eta: {eta}", str(self)]
+                parts += [f"time: {item_time}", f"data: {data_time}"]
+                if torch.cuda.is_available():
+                    parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
+                print(self.delimiter.join(part for part in parts if part), flush=True)
+            end = time.time()
+        if is_main_process():
+            seconds = time.time() - start
+            print(f"{header} Total time: {datetime.timedelta(seconds=int(seconds))}", flush=True)
+
+
+Row = dict[str, Any]  # epoch, train_loss, lr, dice, global_accuracy, recall [class], iou [class], mean_iou, seconds
+
+
+def format_row(row: Row) -> str:
+    """One epoch as the tutorial's results file has it."""
+    return (
+        f"[epoch: {row['epoch']}]\n"
+        f"train_loss: {row['train_loss']:.4f}\n"
+        f"lr: {row['lr']:.6f}\n"
+        f"dice coefficient: {row['dice']:.3f}\n"
+        f"{format_scores(row['global_accuracy'], row['recall'], row['iou'])}\n\n"
+    )
+
+
+def _flatten_row(row: Row) -> Row:
+    flat = {}
+    for name, value in row.items():
+        if isinstance(value, list):
+            flat |= {f"{name}_{i}": item for i, item in enumerate(value)}
+        else:
+            flat[name] = value
+    return flat
+
+
+class ResultsFiles:
+    """`<stem>.txt` in the tutorial's form and `<stem>.csv` with a row an epoch, in the working directory.
+
+    The rows travel in the checkpoint, which is saved first, and both files are written whole: a resumed run goes on
+    in the same files without a lost or a double row, whatever moment the run before it was killed at.
+    """
+
+    def __init__(self) -> None:
+        self.stem = f"results{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        self.rows: list[Row] = []
+
+    def resume(self, stem: str | None, rows: list[Row]) -> None:
+        """Go on from a checkpoint's rows, in the files of that run unless these already tell of later epochs."""
+        self.rows = list(rows)
+        if stem is not None:
+            table = Path(f"{stem}.csv")
+            written = len(table.read_text().splitlines()) - 1 if table.exists() else 0
+            if written <= len(rows):
+                self.stem = stem
+
+    def write(self) -> None:
+        """Write both files, if there is a row.
+
+        Raises:
+            train_utils.files.OutputError: they cannot be written.
+        """
+        if not self.rows:
+            return
+        with replace_whole(f"{self.stem}.txt") as file:
+            file.write("".join(map(format_row, self.rows)).encode())
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, _flatten_row(self.rows[-1]))
+        writer.writeheader()
+        writer.writerows(map(_flatten_row, self.rows))
+        with replace_whole(f"{self.stem}.csv") as file:
+            file.write(table.getvalue().encode())

@@ -1,0 +1,189 @@
+"""The loss of a batch, an epoch of training, an evaluation, and the learning-rate schedule. No file I/O."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from .dice_coefficient_loss import build_target, dice_loss
+from .distributed_utils import sum_over_processes
+from .logger import MetricLogger, SmoothedValue
+from .metrics import ConfusionMatrix, DiceCoefficient
+
+IGNORE_INDEX = 255
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The training loss became NaN or infinite."""
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """Weighted mean cross-entropy of the pixels that are not ignored; 0, not NaN, where all of them are."""
+    total = F.cross_entropy(logits, target, weight=weight, ignore_index=ignore_index, reduction="sum")
+    counted = target != ignore_index
+    if weight is None:
+        return total / counted.sum().clamp(min=1)
+    pixel_weight = weight[target.masked_fill(~counted, 0)] * counted
+    return total / pixel_weight.sum().clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def criterion(
+    inputs: Mapping[str, Tensor],
+    target: Tensor,
+    loss_weight: Tensor | None = None,
+    num_classes: int = 2,
+    dice: bool = True,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Cross-entropy plus Dice loss of a model's outputs, a scalar.
+
+    Args:
+        inputs: logits [N, num_classes, H, W] under "out", and under "aux" where the model has a second head.
+        target: labels [N, H, W], int64.
+        loss_weight: weights [num_classes] of the classes in the cross-entropy.
+        num_classes: classes, background included.
+        dice: whether to add the Dice loss (over all classes).
+        ignore_index: the label of pixels that do not count.
+
+    Returns:
+        the loss of "out"; where there is an "aux", plus half of its loss.
+    """
+
+    def loss(logits: Tensor) -> Tensor:
+        value = _cross_entropy(logits, target, loss_weight, ignore_index)
+        if dice:
+            one_hot = build_target(target, num_classes, ignore_index)
+            value = value + dice_loss(logits, one_hot, multiclass=True, ignore_index=ignore_index)
+        return value
+
+    return loss(inputs["out"]) + 0.5 * loss(inputs["aux"]) if "aux" in inputs else loss(inputs["out"])
+
+
+def _require_finite(loss: SmoothedValue, epoch: int, step: int) -> None:
+    # The sum over the epoch so far is non-finite if any step's loss was; every process must come to the same verdict.
+    total = sum_over_processes(torch.tensor(float(loss.total)))
+    if not math.isfinite(total.item()):
+        raise NonFiniteLossError(
+            f"the training loss became {total.item()} in epoch {epoch}, by step {step}; training stops. "
+            "Lower --lr, and train without --amp if it was on"
+        )
+
+
+def train_one_epoch(
+    model: nn.Module,
+    optimizer: Optimizer,
+    data_loader: DataLoader,
+    device: torch.device,
+    epoch: int,
+    num_classes: int,
+    lr_scheduler: LambdaLR,
+    print_freq: int = 10,
+    scaler: torch.amp.GradScaler | None = None,
+) -> tuple[float, float]:
+    """Train on every batch once; the scheduler steps after each.
+
+    Autocast and the loss scaler are used where `scaler` is given.
+
+    Returns:
+        the mean loss over all steps (and processes), the last learning rate.
+
+    Raises:
+        NonFiniteLossError: a loss was NaN or infinite (noticed at the next progress line, in every process at once).
+    """
+    model.train()
+    metric_logger = MetricLogger(delimiter="  ")
+    metric_logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    metric_logger.add_meter("loss", SmoothedValue())
+    # Vessels are about an eighth of the pixels.
+    loss_weight = torch.tensor([1.0, 2.0], device=device) if num_classes == 2 else None
+
+    for step, (image, target) in enumerate(metric_logger.log_every(data_loader, print_freq, f"Epoch: [{epoch}]")):
+        image = image.to(device, non_blocking=True)  # [N, C, H, W]
+        target = target.to(device, non_blocking=True)  # [N, H, W]
+        with torch.autocast(device.type, enabled=scaler is not None):
+            outputs = model(image)
+        # In float32: sums over hundreds of thousands of pixels overflow half precision.
+        logits = {name: output.float() for name, output in outputs.items()}
+        loss = criterion(logits, target, loss_weight, num_classes=num_classes, ignore_index=IGNORE_INDEX)
+
+        optimizer.zero_grad()
+        if scaler is not None:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            loss.backward()
+            optimizer.step()
+        lr_scheduler.step()
+
+        lr = optimizer.param_groups[0]["lr"]
+        metric_logger.update(loss=loss.detach(), lr=lr)
+        if step % print_freq == 0:
+            _require_finite(metric_logger.meters["loss"], epoch, step)
+    _require_finite(metric_logger.meters["loss"], epoch, len(data_loader) - 1)
+    metric_logger.synchronize_between_processes()
+    return metric_logger.meters["loss"].global_avg, lr
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, data_loader: DataLoader, device: torch.device, num_classes: int
+) -> tuple[ConfusionMatrix, float]:
+    """Score a model on every photograph of a loader, and of the other processes' loaders.
+
+    Returns:
+        the confusion matrix over all pixels inside the field of view, and the mean over batches of the foreground
+        Dice of the argmax prediction (over photographs, at batch size 1).
+    """
+    model.eval()
+    confusion_matrix = ConfusionMatrix(num_classes)
+    dice = DiceCoefficient(num_classes, ignore_index=IGNORE_INDEX)
+    metric_logger = MetricLogger(delimiter="  ")
+    for image, target in metric_logger.log_every(data_loader, 100, "Test:"):
+        image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
+        logits = model(image)["out"]
+        confusion_matrix.update(target.flatten(), logits.argmax(1).flatten())
+        dice.update(logits, target)
+    confusion_matrix.reduce_from_all_processes()
+    dice.reduce_from_all_processes()
+    return confusion_matrix, dice.value.item()
+
+
+def create_lr_scheduler(
+    optimizer: Optimizer,
+    num_step: int,
+    epochs: int,
+    warmup: bool = True,
+    warmup_epochs: int = 1,
+    warmup_factor: float = 1e-3,
+    last_epoch: int = -1,
+) -> LambdaLR:
+    """Linear warm-up, then a polynomial decay of power 0.9 to zero, a step at a time.
+
+    Args:
+        optimizer: its learning rates are the peak.
+        num_step: steps in an epoch.
+        epochs: epochs of the whole run, warm-up included.
+        warmup: whether to warm up.
+        warmup_epochs: epochs that the warm-up takes.
+        warmup_factor: the factor of the first step.
+        last_epoch: one less than the number of steps already done, as in PyTorch's schedulers.
+    """
+    assert num_step > 0 and epochs > 0
+    warmup_steps = warmup_epochs * num_step if warmup else 0
+    decay_steps = epochs * num_step - warmup_steps
+
+    def factor(step: int) -> float:
+        if warmup and step <= warmup_steps:
+            alpha = step / warmup_steps if warmup_steps else 1.0
+            return warmup_factor * (1 - alpha) + alpha
+        # Past the last step (a resumed run with fewer epochs) the base would be negative and its power complex.
+        remaining = 1 - (step - warmup_steps) / decay_steps if decay_steps > 0 else 0.0
+        return max(remaining, 0.0) ** 0.9
+
+    return LambdaLR(optimizer, lr_lambda=factor, last_epoch=last_epoch)

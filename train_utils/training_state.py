@@ -1,0 +1,153 @@
+"""All that a run must remember from one epoch to the next, and how it comes back from a checkpoint."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .checkpoint import LAST_MODEL, Checkpoint, CheckpointError, load_checkpoint, load_weights
+from .distributed_utils import broadcast_object, is_main_process
+from .logger import ResultsFiles, Row
+from .train_and_eval import create_lr_scheduler
+
+# Flags that change the numbers of a run: where a resumed run has others than its checkpoint, it says so.
+SETTINGS = (
+    "batch_size",
+    "epochs",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "amp",
+    "seed",
+    "base_size",
+    "crop_size",
+    "val_split",
+    "mean",
+    "std",
+    "world_size",
+)
+
+
+class TrainingState:
+    """Model, optimizer, schedule, loss scaler, the epoch to come, the best Dice so far (None: unknown), the results.
+
+    Nothing random is in it: what an epoch draws follows from the seed and its number (see data_loading.py).
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, steps_per_epoch: int, args: argparse.Namespace) -> None:
+        self.model = model
+        self.steps_per_epoch = steps_per_epoch
+        self.args = args
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+        )
+        self.scaler = _make_scaler(args.amp, device)
+        self.epoch = args.start_epoch
+        self.best_dice: float | None = -1.0  # so that the first epoch is always an improvement
+        self.results = ResultsFiles()
+        self._start_schedule()
+
+    def _start_schedule(self) -> None:
+        # The position follows from the epoch, not from a stored step: other epochs or batch sizes than before fit in.
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = self.args.lr
+        self.lr_scheduler = create_lr_scheduler(
+            self.optimizer, self.steps_per_epoch, self.args.epochs, last_epoch=self.epoch * self.steps_per_epoch - 1
+        )
+
+    def finish_epoch(self, row: Row) -> bool:
+        """Count the epoch of this row as done; return whether its Dice is the best so far."""
+        improved = row["dice"] > self.best_dice
+        self.best_dice = max(row["dice"], self.best_dice)
+        self.results.rows.append(row)
+        self.epoch += 1
+        return improved
+
+    def checkpoint(self) -> Checkpoint:
+        """The state after the last finished epoch, as tensors and plain values."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "epoch": self.epoch - 1,
+            "args": vars(self.args),
+            "model_args": self.model.model_args,
+            "mean": list(self.args.mean),
+            "std": list(self.args.std),
+            "best_dice": self.best_dice,
+            "results": self.results.stem,
+            "history": self.results.rows,
+        }
+        return state if self.scaler is None else state | {"scaler": self.scaler.state_dict()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on after the epoch that a checkpoint ends with; the flags win over the settings stored in it."""
+        args = self.args
+        load_weights(self.model, checkpoint)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["momentum"], group["weight_decay"] = args.momentum, args.weight_decay
+        if self.scaler is not None and checkpoint.get("scaler"):
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.epoch = checkpoint["epoch"] + 1
+        self.best_dice = checkpoint.get("best_dice")
+        self.results.resume(checkpoint.get("results"), checkpoint.get("history", []))
+        self._start_schedule()
+        self._report_changes(checkpoint["args"])
+
+    def _report_changes(self, before: dict) -> None:
+        now = vars(self.args)
+        changed = [
+            f"{name} {before[name]} -> {now[name]}"
+            for name in SETTINGS
+            if name in before and name in now and before[name] != now[name]
+        ]
+        if changed and is_main_process():
+            print(
+                f"changed since the checkpoint: {', '.join(changed)}; the schedule is made anew from epoch {self.epoch}"
+            )
+
+
+def _make_scaler(amp: bool, device: torch.device) -> torch.amp.GradScaler | None:
+    if amp and device.type != "cuda":
+        if is_main_process():
+            print(f"--amp: has no use on {device.type}, training in float32")
+        return None
+    return torch.amp.GradScaler(device.type) if amp else None
+
+
+def load_to_resume(args: argparse.Namespace) -> Checkpoint | None:
+    """The checkpoint that `--resume` asks for: a file, or with `auto` the newest whole one in `--output-dir`, if any.
+
+    The main process alone reads it: the other machines of a run may not see the file.
+
+    Raises:
+        CheckpointError: the file that is named cannot be resumed from.
+    """
+    checkpoint = None
+    if is_main_process() and args.resume:
+        auto = args.resume == "auto"
+        checkpoint = _newest_checkpoint(Path(args.output_dir)) if auto else _load(Path(args.resume))
+    return broadcast_object(checkpoint)
+
+
+def _load(path: Path) -> Checkpoint:
+    checkpoint = load_checkpoint(path)
+    for key in ("optimizer", "epoch"):
+        if key not in checkpoint:
+            raise CheckpointError(f"{path}: holds weights but no '{key}', so training cannot go on from it")
+    print(f"resuming from {path}, after epoch {checkpoint['epoch']}")
+    return checkpoint
+
+
+def _newest_checkpoint(folder: Path) -> Checkpoint | None:
+    newest_first = sorted(folder.glob("*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    # Every epoch ends with writing LAST_MODEL; the others matter in a folder that the tutorial wrote.
+    for path in sorted(newest_first, key=lambda path: path.name != LAST_MODEL):
+        try:
+            return _load(path)
+        except CheckpointError as error:
+            print(f"passed over: {error}")
+    print(f"--resume auto: nothing to resume in {folder}, starting afresh")
+    return None
