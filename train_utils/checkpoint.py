@@ -50,8 +50,7 @@ def _read(path: Path) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file of weights; train first, or give the path of one") from error
     except UnpicklingError as error:
-        forbidden = re.search(r"Unsupported (?:global|class|operand)[^\n]*?([\w.]+\.\w+)", str(error))
-        if forbidden:
+        if forbidden := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
                 f"{path}: refused, since the file wants to run code ({forbidden[1]}); nothing of it was executed. "
                 "Give a file that holds tensors and plain values alone"

@@ -1,0 +1,40 @@
+"""Small synthetic data for all tests; real photographs where DRIVE_ROOT names the folder that contains DRIVE."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from train_utils.synthetic_drive import write_synthetic_drive
+
+SMALL_RUN = ["--base-c", "4", "--base-size", "80", "--crop-size", "48", "--lr", "0.05"]
+
+
+@pytest.fixture(scope="session")
+def shared_drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that contains a small DRIVE: 6 training and 4 test photographs of 80 x 72 pixels. Do not change it."""
+    return write_synthetic_drive(tmp_path_factory.mktemp("data"), training=6, test=4, width=80, height=72)
+
+
+@pytest.fixture
+def drive(shared_drive: Path, tmp_path: Path) -> Path:
+    """A copy of it for one test, to break at will."""
+    shutil.copytree(shared_drive / "DRIVE", tmp_path / "data" / "DRIVE")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def real_drive() -> Path:
+    if "DRIVE_ROOT" not in os.environ:
+        pytest.skip("DRIVE_ROOT does not name the folder that contains the real DRIVE")
+    return Path(os.environ["DRIVE_ROOT"])
+
+
+@pytest.fixture
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, since the scripts write where they are started."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder

@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+import transforms as T
+
+
+def pair(height=60, width=50, kind="pil"):
+    """A photograph whose red channel is 200 exactly where the label is 1, and a label with 0, 1 and 255."""
+    label = np.zeros((height, width), np.uint8)
+    label[height // 3 : height // 2, 5:-9] = 1
+    label[:4] = 255
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0] = 200 * (label == 1)
+    if kind == "pil":
+        return Image.fromarray(image), Image.fromarray(label)
+    return tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(torch.from_numpy(label))
+
+
+def to_arrays(image, target):
+    if isinstance(image, Image.Image):
+        return np.array(image), np.array(target)
+    return image.permute(1, 2, 0).numpy(), target.numpy()
+
+
+@pytest.mark.parametrize("kind", ["pil", "tv_tensors"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        T.RandomResize(20, 90),
+        T.RandomHorizontalFlip(0.5),
+        T.RandomVerticalFlip(0.5),
+        T.RandomCrop(70),
+        T.CenterCrop(55),
+    ],
+)
+def test_no_new_label_values_and_image_stays_on_its_label(transform, kind):
+    for seed in range(8):
+        torch.manual_seed(seed)
+        image, target = to_arrays(*transform(*pair(kind=kind)))
+        assert image.shape[:2] == target.shape
+        assert set(np.unique(target)) <= {0, 1, 255}
+        # Resampling blurs the image's edges by at most a pixel or so; a flip or crop of one of the two alone would not.
+        overlap = ((image[..., 0] > 100) == (target == 1)).mean()
+        assert overlap > 0.97
+
+
+@pytest.mark.parametrize("size", [23, 41, 77])
+def test_labels_are_sampled_at_pixel_centres(size):
+    label = to_arrays(*pair())[1]
+    height = int(size * 60 / 50)
+    rows = ((np.arange(height) + 0.5) * 60 / height).astype(int)
+    columns = ((np.arange(size) + 0.5) * 50 / size).astype(int)
+    expected = label[rows][:, columns]
+    assert np.array_equal(to_arrays(*T.RandomResize(size)(*pair(kind="tv_tensors")))[1], expected)
+    # Where a centre falls exactly between two rows, Pillow takes the other one: a single row here.
+    differing = (to_arrays(*T.RandomResize(size)(*pair()))[1] != expected).any(axis=1)
+    assert differing.sum() <= 1
+
+
+def test_resize_draws_whole_numbers_from_both_ends_for_the_shorter_side():
+    torch.manual_seed(0)
+    sizes = {T.RandomResize(20, 23)(*pair())[0].size for _ in range(80)}
+    assert {width for width, _ in sizes} == {20, 21, 22, 23}
+    assert all(height == int(60 / 50 * width) for width, height in sizes)
+
+
+@pytest.mark.parametrize("flip", [T.RandomHorizontalFlip, T.RandomVerticalFlip])
+def test_flip_probabilities(flip):
+    image, target = pair()
+    original = np.array(target)
+    axis = 1 if flip is T.RandomHorizontalFlip else 0
+    assert np.array_equal(np.array(flip(0.0)(image, target)[1]), original)
+    assert np.array_equal(np.array(flip(1.0)(image, target)[1]), np.flip(original, axis))
+
+
+def test_crop_pads_right_and_bottom_with_zero_and_255():
+    image, target = pair(height=10, width=8)
+    image, target = to_arrays(*T.RandomCrop(12)(Image.eval(image, lambda value: 7), target))
+    assert image.shape == (12, 12, 3) and target.shape == (12, 12)
+    assert (image[:10, :8] == 7).all() and not image[10:].any() and not image[:, 8:].any()
+    assert (target[10:] == 255).all() and (target[:, 8:] == 255).all()
+    assert np.array_equal(target[:10, :8], np.array(pair(height=10, width=8)[1]))
+
+
+def test_crop_reaches_every_position():
+    torch.manual_seed(0)
+    image = Image.fromarray(np.arange(36, dtype=np.uint8).reshape(6, 6))
+    corners = {np.array(T.RandomCrop(4)(image, image)[0])[0, 0] for _ in range(200)}
+    assert corners == {0, 1, 2, 6, 7, 8, 12, 13, 14}
+
+
+def test_center_crop():
+    image = Image.fromarray(np.arange(36, dtype=np.uint8).reshape(6, 6))
+    cropped, _ = T.CenterCrop(2)(image, image)
+    assert np.array_equal(np.array(cropped), [[14, 15], [20, 21]])
+    _, padded = T.CenterCrop(8)(image, image)
+    assert (np.array(padded) == 255).sum() == 64 - 36
+
+
+@pytest.mark.parametrize("kind", ["pil", "tv_tensors"])
+def test_evaluation_preset_by_hand(kind):
+    image, target = pair(kind=kind)
+    mean, std = (0.709, 0.381, 0.224), (0.127, 0.079, 0.043)
+    tensor, label = T.get_transform(train=False, mean=mean, std=std)(image, target)
+    pixels, values = to_arrays(image, target)
+    expected = (pixels.astype(np.float64) / 255 - mean) / std
+    assert type(tensor) is torch.Tensor and type(label) is torch.Tensor
+    assert tensor.dtype == torch.float32 and label.dtype == torch.int64
+    assert np.allclose(tensor.permute(1, 2, 0).numpy(), expected, atol=1e-5)
+    assert np.array_equal(label.numpy(), values)
+
+
+def test_training_preset_is_the_tutorials():
+    preset = T.get_transform(train=True, mean=(0.5,) * 3, std=(0.5,) * 3)
+    steps = preset.transforms.transforms
+    assert [type(step) for step in steps] == [
+        T.RandomResize,
+        T.RandomHorizontalFlip,
+        T.RandomVerticalFlip,
+        T.RandomCrop,
+        T.ToTensor,
+        T.Normalize,
+    ]
+    assert (steps[0].min_size, steps[0].max_size) == (282, 678)
+    assert (steps[1].p, steps[2].p, steps[3].size) == (0.5, 0.5, 480)
+    image, label = preset(*pair(584, 565))
+    assert image.shape == (3, 480, 480) and label.shape == (480, 480)
+    assert set(label.unique().tolist()) <= {0, 1, 255}
