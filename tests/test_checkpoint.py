@@ -82,7 +82,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, form):
     path, trace = tmp_path / "evil.pth", tmp_path / "was_run"
     content = {"model": small_model().state_dict(), "args": RunsCode(f"touch {trace}")}
     if form == "pickle":
-        path.write_bytes(pickle.dumps(content, protocol=2))
+        path.write_bytes(pickle.dumps({"args": content["args"]}, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
     with pytest.raises(CheckpointError, match=r"evil\.pth: refused, .*\.system\); nothing of it was executed"):

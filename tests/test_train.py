@@ -1,0 +1,274 @@
+import argparse
+import csv
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from tests.conftest import SMALL_RUN
+from tests.test_checkpoint import save_as_the_tutorial
+from train_utils import fit, load_checkpoint
+from train_utils.command_line import run_script
+
+PROJECT = Path(train.__file__).parent
+
+
+def run(data, *flags):
+    train.main(train.parse_args(["--data-path", str(data), *SMALL_RUN, *flags]))
+
+
+def fails(capsys, *flags):
+    """Run the script with flags that cannot work; return what it says, which must be one line."""
+    with pytest.raises(SystemExit) as stopped:
+        run_script(train.main, train.parse_args([*SMALL_RUN, *flags]))
+    assert stopped.value.code in (1, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def csv_rows():
+    (table,) = Path().glob("results*.csv")
+    with open(table, newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def flags(*argv):
+    return train.parse_args(argv)
+
+
+def test_defaults_are_the_tutorials():
+    args = vars(flags())
+    tutorial = {
+        "data_path": "./",
+        "num_classes": 1,
+        "device": "cuda",
+        "batch_size": 4,
+        "epochs": 200,
+        "lr": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "print_freq": 1,
+        "resume": "",
+        "start_epoch": 0,
+        "save_best": True,
+        "amp": False,
+    }
+    ours = {"seed": 0, "base_c": 32, "crop_size": 480, "base_size": 565, "output_dir": "./save_weights"}
+    assert tutorial | ours == {name: args[name] for name in tutorial | ours}
+    assert flags("-b", "2", "--wd", "0.1").batch_size == 2 and flags("--weight-decay", "0.1").weight_decay == 0.1
+
+
+@pytest.mark.parametrize("name", ["amp", "save_best"])
+def test_switches_mean_what_they_say(name):
+    flag = name.replace("_", "-")
+    assert getattr(flags(f"--{flag}"), name) is True
+    assert getattr(flags(f"--{flag}", "True"), name) is True
+    assert getattr(flags(f"--{flag}", "False"), name) is False
+    assert getattr(flags(f"--no-{flag}"), name) is False
+
+
+def test_a_run(shared_drive, working_directory, capsys):
+    run(shared_drive, "--epochs", "3")
+    output = capsys.readouterr().out
+    (text,) = Path().glob("results*.txt")
+    blocks = text.read_text().split("\n\n")
+    assert [block.splitlines()[0] for block in blocks[:-1]] == ["[epoch: 0]", "[epoch: 1]", "[epoch: 2]"]
+    assert [line.split(":")[0] for line in blocks[0].splitlines()] == [
+        *("[epoch", "train_loss", "lr", "dice coefficient"),
+        *("global correct", "average row correct", "IoU", "mean IoU"),
+    ]
+    assert all(line in output for line in blocks[2].splitlines()[4:])
+    rows = csv_rows()
+    dice = [float(row["dice"]) for row in rows]
+    assert sorted(path.name for path in Path("save_weights").glob("*.pth")) == ["best_model.pth", "last_model.pth"]
+    best, last = (load_checkpoint(Path("save_weights", f"{name}_model.pth")) for name in ("best", "last"))
+    assert last["epoch"] == 2 and best["epoch"] == dice.index(max(dice))
+    assert last["best_dice"] == best["best_dice"] == max(dice)
+    assert last["model_args"] == {"in_channels": 3, "num_classes": 2, "base_c": 4, "bilinear": True}
+    assert {"model", "optimizer", "lr_scheduler", "epoch", "args", "mean", "std"} <= set(last) and "scaler" not in last
+    plain = torch.load("save_weights/last_model.pth", weights_only=True)
+    assert type(plain["args"]) is dict and plain["args"]["epochs"] == 3
+    assert float(rows[0]["lr"]) == pytest.approx(0.05)
+
+
+def test_without_save_best_every_epoch_is_kept(shared_drive, working_directory):
+    run(shared_drive, "--epochs", "2", "--save-best", "False", "--output-dir", "out")
+    assert sorted(path.name for path in Path("out").glob("*.pth")) == ["last_model.pth", "model_0.pth", "model_1.pth"]
+
+
+def test_same_seed_same_numbers_whatever_the_workers(shared_drive, tmp_path, monkeypatch):
+    weights = {}
+    for name, seed, workers in (("a", "3", "0"), ("b", "3", "2"), ("c", "4", "0")):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        run(shared_drive, "--epochs", "1", "--seed", seed, "-j", workers)
+        weights[name] = load_checkpoint("save_weights/last_model.pth")["model"]
+    assert all(torch.equal(weights["a"][key], weights["b"][key]) for key in weights["a"])
+    assert not torch.equal(weights["a"]["out_conv.0.weight"], weights["c"]["out_conv.0.weight"])
+
+
+def evaluations(monkeypatch, *dice):
+    """Let the next evaluations find these Dice."""
+    original, values = fit.evaluate, iter(dice)
+    monkeypatch.setattr(fit, "evaluate", lambda *args: (original(*args)[0], next(values)))
+
+
+def test_best_dice_survives_a_resume(shared_drive, working_directory, monkeypatch):
+    evaluations(monkeypatch, 0.8, 0.6)
+    run(shared_drive, "--epochs", "1")
+    run(shared_drive, "--epochs", "2", "--resume", "save_weights/last_model.pth")
+    assert load_checkpoint("save_weights/best_model.pth")["epoch"] == 0
+    assert load_checkpoint("save_weights/last_model.pth")["best_dice"] == 0.8
+
+
+def test_resume_from_the_tutorial_measures_the_best_first(shared_drive, working_directory, monkeypatch, capsys):
+    model = train.create_model(base_c=4)
+    namespace = argparse.Namespace(epochs=200, batch_size=4, lr=0.01, amp=True)
+    path = save_as_the_tutorial("tutorial.pth", model, args=namespace)
+    evaluations(monkeypatch, 0.9, 0.5)  # the file itself, then the epoch after it
+    run(shared_drive, "--epochs", "9", "--resume", str(path))
+    last = load_checkpoint("save_weights/last_model.pth")
+    assert (last["epoch"], last["best_dice"]) == (8, 0.9)
+    assert not Path("save_weights/best_model.pth").exists()
+    output = capsys.readouterr().out
+    assert "after epoch 7" in output and "epochs 200 -> 9, lr 0.01 -> 0.05, amp True -> False" in output
+
+
+def test_resume_with_fewer_epochs_says_that_nothing_is_left(shared_drive, working_directory, capsys):
+    run(shared_drive, "--epochs", "2")
+    before = Path("save_weights/last_model.pth").read_bytes()
+    run(shared_drive, "--epochs", "1", "--resume", "auto")
+    assert "nothing left to train: 2 epochs are done" in capsys.readouterr().out
+    assert Path("save_weights/last_model.pth").read_bytes() == before
+
+
+def test_a_nan_loss_saves_nothing(shared_drive, working_directory, monkeypatch, capsys):
+    run(shared_drive, "--epochs", "1")
+    before = {path: path.read_bytes() for path in Path("save_weights").iterdir()}
+    capsys.readouterr()
+    flags = ("--data-path", str(shared_drive), "--epochs", "5", "--lr", "1e30", "--resume", "auto")
+    message = fails(capsys, *flags)
+    assert "became" in message and "--resume save_weights/last_model.pth" in message
+    assert {path: path.read_bytes() for path in Path("save_weights").iterdir()} == before
+
+
+def test_weights_that_overflow_in_the_last_step_are_not_saved(shared_drive, working_directory, monkeypatch):
+    original = fit.train_one_epoch
+
+    def overflow(model, *args, **kwargs):
+        result = original(model, *args, **kwargs)
+        model.out_conv[0].bias.data.fill_(float("inf"))
+        return result
+
+    monkeypatch.setattr(fit, "train_one_epoch", overflow)
+    with pytest.raises(fit.NonFiniteLossError, match="the weights became NaN or infinite"):
+        run(shared_drive, "--epochs", "1")
+    assert not list(Path("save_weights").iterdir())
+
+
+def test_training_folder_alone_holds_some_out(drive, working_directory, capsys):
+    for label in (drive / "DRIVE" / "test" / "1st_manual").iterdir():
+        label.unlink()
+    run(drive, "--epochs", "1")
+    output = capsys.readouterr().out
+    assert "1st_manual holds no labels (the official download has none): validating on the last 4" in output
+    assert load_checkpoint("save_weights/last_model.pth")["args"]["val_split"] == 4
+
+
+def test_val_split_trains_on_the_rest(shared_drive, working_directory, monkeypatch):
+    loaders = []
+    monkeypatch.setattr(train, "fit", lambda model, *others: loaders.extend(others[:2]) or 0.5)
+    run(shared_drive, "--val-split", "2")
+    training, validation = loaders
+    assert [path.name[:2] for path in training.dataset.dataset.img_list] == ["21", "22", "23", "24"]
+    assert [path.name[:2] for path in validation.dataset.img_list] == ["25", "26"]
+
+
+def test_amp_without_a_gpu_says_so(shared_drive, working_directory, capsys):
+    run(shared_drive, "--epochs", "1", "--amp", "--device", "cpu")
+    assert "--amp: has no use on cpu" in capsys.readouterr().out
+
+
+def test_test_only(shared_drive, working_directory, capsys):
+    run(shared_drive, "--epochs", "1")
+    text = next(Path().glob("results*.txt")).read_text()
+    capsys.readouterr()
+    run(shared_drive, "--test-only", "--resume", "save_weights/last_model.pth")
+    output = capsys.readouterr().out
+    assert all(line in output for line in text.splitlines()[3:8])
+
+
+def test_wrong_data(drive, working_directory, capsys):
+    assert "--data-path nowhere: no DRIVE data set" in fails(capsys, "--data-path", "nowhere")
+    (drive / "DRIVE" / "training" / "1st_manual" / "24_manual1.gif").unlink()
+    assert "24_manual1.gif is missing" in fails(capsys, "--data-path", str(drive))
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        (["-b", "0"], "--batch-size: must be a whole number of at least 1, found '0'"),
+        (["--epochs", "0"], "--epochs: must be a whole number of at least 1, found '0'"),
+        (["--epochs", "two"], "--epochs: must be a whole number of at least 1, found 'two'"),
+        (["--lr", "nan"], "--lr: must be a number of at least 0, found 'nan'"),
+        (["--amp", "perhaps"], "--amp: must be True or False, found 'perhaps'"),
+        (["--print-freq", "0"], "--print-freq: must be"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_wrong_flags(capsys, wrong, named):
+    with pytest.raises(SystemExit) as stopped:
+        flags(*wrong)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+
+
+def test_wrong_files(shared_drive, working_directory, capsys):
+    data = ("--data-path", str(shared_drive))
+    assert "--device toaster: no such device" in fails(capsys, *data, "--device", "toaster")
+    assert "gone.pth: no such file of weights" in fails(capsys, *data, "--resume", "gone.pth")
+    Path("text.pth").write_text("no weights")
+    assert "text.pth: not a file of weights" in fails(capsys, *data, "--resume", "text.pth")
+    torch.save(train.create_model(base_c=4).state_dict(), "bare.pth")
+    assert "bare.pth: holds weights but no 'optimizer'" in fails(capsys, *data, "--resume", "bare.pth")
+    save_as_the_tutorial("wide.pth", train.create_model(base_c=8))
+    assert "--base-c" in fails(capsys, *data, "--resume", "wide.pth")
+    assert "--output-dir text.pth/out: cannot be written" in fails(capsys, *data, "--output-dir", "text.pth/out")
+    assert "--test-only" in fails(capsys, *data, "--test-only")
+    assert not list(Path().glob("results*"))
+
+
+def test_demo_changes_defaults_but_not_flags(monkeypatch):
+    assert flags("--demo").data_path == "./demo" and flags("--demo").base_c < 32
+    assert flags("--demo", "--base-c", "5", "--epochs", "200").base_c == 5
+    assert flags("--demo", "--base-c", "5", "--epochs", "200").epochs == 200
+
+
+def test_demo_data_are_written_once(working_directory, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "write_synthetic_drive", lambda root: calls.append(root))
+    train.make_demo_data("demo")
+    Path("demo/DRIVE").mkdir()
+    train.make_demo_data("demo")
+    assert calls == ["demo"]
+
+
+def test_ctrl_c_says_where_the_last_state_lies(shared_drive, working_directory):
+    command = [sys.executable, PROJECT / "train.py", "--data-path", shared_drive, *SMALL_RUN, "--epochs", "10000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("Epoch: [2]"):
+            break
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    last = output.splitlines()[-1]
+    assert last.startswith("interrupted in epoch ") and last.endswith("--resume save_weights/last_model.pth")
+    assert "Traceback" not in errors
+    assert load_checkpoint("save_weights/last_model.pth")["epoch"] >= 1
