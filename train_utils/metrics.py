@@ -3,7 +3,9 @@
 No update waits for the device: boolean indexing and `bincount` would, masked arithmetic and `scatter_add_` do not.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -100,3 +102,180 @@ class DiceCoefficient:
     def reduce_from_all_processes(self) -> None:
         self.cumulative_dice = sum_over_processes(self.cumulative_dice)
         self.count = sum_over_processes(self.count)
+
+
+@dataclass(frozen=True)
+class PixelCounts:
+    """Pixels of a yes/no segmentation against the truth; counts of several pictures add up.
+
+    A score whose quotient is 0 / 0 is NaN ("undefined"): sensitivity without a vessel in the truth, specificity without
+    background, precision without a predicted vessel, accuracy and MCC without a pixel. Two exceptions: Dice and IoU are
+    1 where neither truth nor prediction holds a vessel (as in `dice_coeff`), and MCC is 0 where truth or prediction
+    holds one class alone (as in scikit-learn).
+    """
+
+    true_positives: int = 0
+    false_positives: int = 0
+    false_negatives: int = 0
+    true_negatives: int = 0
+
+    @classmethod
+    def of(cls, prediction: Tensor, truth: Tensor) -> "PixelCounts":
+        """Count predicted vessels (bool, any shape) against labels of that shape: 0, 1, anything else is left out."""
+        vessel, background = truth == 1, truth == 0
+        counts = [prediction & vessel, prediction & background, ~prediction & vessel, ~prediction & background]
+        return cls(*torch.stack([count.sum() for count in counts]).tolist())
+
+    def __add__(self, other: "PixelCounts") -> "PixelCounts":
+        return PixelCounts(
+            self.true_positives + other.true_positives,
+            self.false_positives + other.false_positives,
+            self.false_negatives + other.false_negatives,
+            self.true_negatives + other.true_negatives,
+        )
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the pixels that are right."""
+        right = self.true_positives + self.true_negatives
+        return _quotient(right, right + self.false_positives + self.false_negatives)
+
+    @property
+    def sensitivity(self) -> float:
+        """Share of the true vessel that is found; also called recall."""
+        return _quotient(self.true_positives, self.true_positives + self.false_negatives)
+
+    @property
+    def specificity(self) -> float:
+        """Share of the true background that is left alone."""
+        return _quotient(self.true_negatives, self.true_negatives + self.false_positives)
+
+    @property
+    def precision(self) -> float:
+        """Share of the predicted vessel that is true."""
+        return _quotient(self.true_positives, self.true_positives + self.false_positives)
+
+    @property
+    def dice(self) -> float:
+        """2 TP / (2 TP + FP + FN), which is also F1."""
+        errors = self.false_positives + self.false_negatives
+        return _quotient(2 * self.true_positives, 2 * self.true_positives + errors, undefined=1.0)
+
+    @property
+    def iou(self) -> float:
+        """TP / (TP + FP + FN), the Jaccard index of the vessels."""
+        errors = self.false_positives + self.false_negatives
+        return _quotient(self.true_positives, self.true_positives + errors, undefined=1.0)
+
+    @property
+    def mcc(self) -> float:
+        """Matthews correlation coefficient, in [-1, 1] (B. W. Matthews, Biochim. Biophys. Acta 405, 1975)."""
+        tp, fp, fn, tn = self.true_positives, self.false_positives, self.false_negatives, self.true_negatives
+        if tp + fp + fn + tn == 0:
+            return math.nan
+        return _quotient(tp * tn - fp * fn, math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)), undefined=0.0)
+
+
+def _quotient(numerator: float, denominator: float, undefined: float = math.nan) -> float:
+    return numerator / denominator if denominator else undefined
+
+
+def vessel_log_odds(logits: Tensor) -> Tensor:
+    """log(p / (1 - p)) of the probability p of class 1 under softmax: logits [N, C, H, W] -> float32 [N, H, W].
+
+    Unlike p itself, which rounds to 1 from a log-odds of 17 on, it still tells confident pixels apart. With two
+    classes it is positive exactly where the argmax is 1.
+    """
+    logits = logits.float()
+    return logits[:, 1] - torch.cat([logits[:, :1], logits[:, 2:]], dim=1).logsumexp(dim=1)
+
+
+class ProbabilityHistogram:
+    """How often each probability of a vessel occurs in the true background (row 0) and the true vessels (row 1).
+
+    ROC-AUC, average precision and the best threshold follow from it. It takes 16 MiB however many photographs are
+    counted, and histograms add up over processes.
+
+    The bins are those of the log-odds' float32 pattern without its last 12 bits: each sign and power of two is cut into
+    2048 equal bins. They are fine wherever the values lie (sure or unsure, a wide range or a tiny one), so that values
+    share a bin only where they differ by less than 0.05 %; these count as ties. (A network whose log-odds lie all within
+    a few thousandths of one value would be ranked coarsely.) `counts` is int64 [2, BINS].
+    """
+
+    DROPPED_BITS = 12
+    BINS = 2 ** (32 - DROPPED_BITS)
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros((2, self.BINS), dtype=torch.int64)
+
+    def update(self, log_odds: Tensor, truth: Tensor) -> None:
+        """Count pixels.
+
+        Args:
+            log_odds: of the probability of a vessel, float32 of any shape; minus infinity for a sure background.
+            truth: labels of that shape: 0, 1, anything else is left out.
+        """
+        log_odds, truth = log_odds.flatten().float(), truth.flatten()
+        self.counts = self.counts.to(truth.device)
+        counted = (truth == 0) | (truth == 1)
+        cells = torch.where(counted, truth, 0) * self.BINS + self._bins(log_odds)
+        self.counts.view(-1).scatter_add_(0, cells, counted.long())
+
+    @classmethod
+    def _bins(cls, log_odds: Tensor) -> Tensor:
+        # Read as integers, positive floats are in order and negative ones in reverse. The signs are turned so that a
+        # bin holds its upper edge and not its lower one: "above 0.5" then is a whole number of bins.
+        pattern = (0.0 - log_odds).view(torch.int32)  # 0.0 - x, since -x would make two different zeros
+        ordered = torch.where(pattern < 0, pattern ^ 0x7FFFFFFF, pattern)
+        return cls.BINS // 2 - 1 - (ordered >> cls.DROPPED_BITS).long()
+
+    @classmethod
+    def _upper_edge(cls, index: int) -> float:
+        """The largest log-odds in a bin."""
+        ordered = torch.tensor((cls.BINS // 2 - 1 - index) << cls.DROPPED_BITS, dtype=torch.int32)
+        return -torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32).item()
+
+    def reduce_from_all_processes(self) -> None:
+        self.counts = sum_over_processes(self.counts)
+
+    def _from_the_top(self) -> tuple[Tensor, Tensor]:
+        """Background and vessels at or above each bin, from the highest bin down, float64 [BINS] each."""
+        background, vessels = self.counts.cpu().flip(1).cumsum(1).double()
+        return background, vessels
+
+    def roc_auc(self) -> float:
+        """Area under the ROC curve: the chance that a vessel pixel is rated above a background pixel, ties half.
+
+        NaN where the truth holds one class alone.
+        """
+        background, vessels = self._from_the_top()
+        area = torch.trapezoid(vessels, background).item() + (vessels[0] * background[0]).item() / 2
+        return _quotient(area, (vessels[-1] * background[-1]).item())
+
+    def average_precision(self) -> float:
+        """The mean of the precision over the steps in recall, as scikit-learn defines it; NaN without a vessel.
+
+        A constant probability gives the share of vessels.
+        """
+        background, vessels = self._from_the_top()
+        precision = vessels / (vessels + background).clamp(min=1)
+        found = self.counts[1].cpu().flip(0).double()
+        return _quotient((found * precision).sum().item(), vessels[-1].item())
+
+    def best_threshold(self) -> float:
+        """The probability in [0.001, 0.999] above which to call a pixel a vessel for the best Dice over all pixels.
+
+        Of equally good ones, the nearest to 0.5; so it is 0.5 where nothing, or no vessel, was counted.
+        """
+        background, vessels = self._from_the_top()
+        # Everything above bin b is called a vessel; nothing is above the highest one.
+        predicted = (background + vessels).flip(0).roll(-1)
+        hits = vessels.flip(0).roll(-1)
+        predicted[-1] = hits[-1] = 0
+        dice = 2 * hits / (predicted + vessels[-1]).clamp(min=1)
+        lowest, highest = (self._bins(torch.tensor(math.log(p / (1 - p)))).item() for p in (0.001, 0.999))
+        candidates = torch.arange(lowest, highest)
+        dice = dice[candidates]
+        best = candidates[dice == dice.max()]
+        nearest = best[(best - self._bins(torch.tensor(0.0))).abs().argmin()]
+        return 1 / (1 + math.exp(-self._upper_edge(int(nearest))))
