@@ -73,6 +73,7 @@ class DriveDataset(Dataset):
         self, root: str | Path, train: bool, transforms: Callable | None = None, *, val_split: int = 0
     ) -> None:
         self.flag = "training" if train or val_split else "test"
+        self.held_out = bool(val_split) and not train
         self.transforms = transforms
         folder = find_drive(root) / self.flag
         self.img_list = _split(_list_photographs(folder / "images"), train, val_split)
@@ -85,6 +86,12 @@ class DriveDataset(Dataset):
             _read_label(*paths, image.shape[:2])
             for *paths, image in zip(self.manual, self.roi_mask, self.img_list, self.images, strict=True)
         ]  # uint8 [H, W] each
+
+    def describe(self) -> str:
+        """Which photographs these are: "test", "training", or with their names "held-out training (35, 36)"."""
+        if self.held_out:
+            return f"held-out training ({', '.join(path.name.split('_')[0] for path in self.img_list)})"
+        return self.flag
 
     def _check_companions(self) -> None:
         for image, *companions in zip(self.img_list, self.manual, self.roi_mask, strict=True):

@@ -10,7 +10,8 @@ from src import create_model
 from train_utils.command_line import Parser, at_least, run_script, select_device
 from train_utils.data_loading import default_workers, evaluation_loader, training_loader
 from train_utils.files import make_output_folder
-from train_utils.fit import add_training_flags, fit, open_datasets, test
+from train_utils.fit import add_training_flags, fit, open_datasets
+from train_utils.scores import conclude_training, score_weights
 from train_utils.synthetic_drive import write_synthetic_drive
 
 # A small U-Net on small made-up photographs: the whole way in three minutes on two cores.
@@ -32,6 +33,9 @@ def main(args: argparse.Namespace) -> None:
     device = select_device(args.device)
     print(f"using {device} device.")
     make_output_folder(args.output_dir, "--output-dir")
+    if args.test_only:
+        score_weights(args.resume, device, args)
+        return
     train_data, val_data = open_datasets(args)
 
     torch.manual_seed(args.seed)
@@ -40,13 +44,11 @@ def main(args: argparse.Namespace) -> None:
     pin_memory = device.type == "cuda"
     workers = default_workers(device, args.batch_size) if args.workers is None else args.workers
     val_loader = evaluation_loader(val_data, workers, pin_memory=pin_memory)
-    if args.test_only:
-        test(model, val_loader, device, args)
-        return
     train_loader = training_loader(
         train_data, args.batch_size, workers, args.seed, drop_last=False, pin_memory=pin_memory
     )
     best_dice = fit(model, train_loader, val_loader, device, args)
+    conclude_training(device, args)
     print(f"best Dice {best_dice:.3f}; the weights are in {args.output_dir}")
     if args.demo:
         photograph = Path(args.data_path, "DRIVE", "test", "images", "01_test.tif")

@@ -12,7 +12,8 @@ from train_utils.command_line import Parser, UsageError, add_switch, at_least, r
 from train_utils.data_loading import evaluation_loader, training_loader
 from train_utils.distributed_utils import init_distributed_mode, is_main_process, leave_distributed_mode
 from train_utils.files import make_output_folder
-from train_utils.fit import add_training_flags, fit, open_datasets, test
+from train_utils.fit import add_training_flags, fit, open_datasets
+from train_utils.scores import conclude_training, score_weights
 
 
 def main(args: argparse.Namespace) -> None:
@@ -21,8 +22,12 @@ def main(args: argparse.Namespace) -> None:
     if args.sync_bn and device.type != "cuda":
         raise UsageError("--sync-bn: synchronised BatchNorm works on GPUs alone; leave it out on the CPU")
     if is_main_process():
-        print(f"using {device.type} device, {args.world_size} processes.")
+        print(f"using {device.type} device in {args.world_size} process{'es' if args.world_size > 1 else ''}.")
         make_output_folder(args.output_dir, "--output-dir")
+    if args.test_only:
+        score_weights(args.resume, device, args)
+        leave_distributed_mode()
+        return
     train_data, val_data = open_datasets(args)
     pin_memory = device.type == "cuda"
     train_loader = training_loader(
@@ -32,13 +37,11 @@ def main(args: argparse.Namespace) -> None:
 
     torch.manual_seed(args.seed)
     raw_model = create_model(in_channels=3, num_classes=args.num_classes + 1, base_c=args.base_c).to(device)
-    if args.test_only:
-        test(raw_model, val_loader, device, args)
-    else:
-        require_a_step(len(train_data), args)
-        best_dice = fit(wrap(raw_model, args), train_loader, val_loader, device, args)
-        if is_main_process():
-            print(f"best Dice {best_dice:.3f}; the weights are in {args.output_dir}")
+    require_a_step(len(train_data), args)
+    best_dice = fit(wrap(raw_model, args), train_loader, val_loader, device, args)
+    conclude_training(device, args)
+    if is_main_process():
+        print(f"best Dice {best_dice:.3f}; the weights are in {args.output_dir}")
     leave_distributed_mode()
 
 

@@ -2,7 +2,8 @@
 
 A checkpoint is a dict of tensors and plain values with the tutorial's keys (`model`, `optimizer`, `lr_scheduler`,
 `epoch`, `args`, with AMP `scaler`) and this project's: `model_args` (of `src.create_model`), `mean` and `std` (how the
-photographs were normalised), `best_dice`, and `history` (the rows of the results files).
+photographs were normalised), `best_dice`, `history` (the rows of the results files), `selected_on` (the photographs
+that the best epoch was chosen on) and, once chosen, `threshold` (the probability above which a pixel is a vessel).
 """
 
 import argparse
@@ -132,6 +133,27 @@ def load_model(path: str | Path, device: torch.device) -> tuple[nn.Module, Check
         CheckpointError: as `load_checkpoint` and `load_weights`.
     """
     checkpoint = load_checkpoint(path)
+    return build_model(checkpoint, device), checkpoint
+
+
+def build_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+    """The model that a checkpoint describes, with its weights, in eval mode on `device`.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
     model = create_model(**checkpoint["model_args"])
     load_weights(model, checkpoint)
-    return model.to(device).eval(), checkpoint
+    return model.to(device).eval()
+
+
+def add_to_checkpoint(path: str | Path, **values: Any) -> None:
+    """Put further plain values into a file of weights; all else in it stays as it is.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+        train_utils.files.OutputError: the file cannot be written.
+    """
+    checkpoint = load_checkpoint(path)
+    del checkpoint["path"]
+    save_checkpoint(checkpoint | values, path)

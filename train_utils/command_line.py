@@ -1,6 +1,7 @@
 """What the scripts' command lines have in common: flag types, the device, and errors as one line."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -48,6 +49,19 @@ def at_least(low: int, kind: type = int) -> Callable[[str], int | float]:
         return number
 
     return parse
+
+
+def probability_or_auto(text: str) -> float | str:
+    """A flag's type: a number between 0 and 1, or "auto"."""
+    if text == "auto":
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, or auto, found {text!r}")
+    return number
 
 
 def boolean(text: str) -> bool:

@@ -62,6 +62,15 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Every process's `value`, by rank, in every process."""
+    values = [value]
+    if is_dist_avail_and_initialized():
+        values *= get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Give every process the main one's buffers (the running statistics of BatchNorm drift apart in training)."""
     if is_dist_avail_and_initialized():

@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader
 from my_dataset import DRIVE_MEAN, DRIVE_STD, DriveDataset, find_drive, has_test_labels
 from transforms import get_transform
 
-from .checkpoint import BEST_MODEL, LAST_MODEL, load_checkpoint, load_weights, save_checkpoint
-from .command_line import UsageError, add_switch, at_least
+from .checkpoint import BEST_MODEL, LAST_MODEL, save_checkpoint
+from .command_line import add_switch, at_least, probability_or_auto
 from .distributed_utils import broadcast_buffers, is_main_process
 from .logger import Row
 from .metrics import ConfusionMatrix
+from .tensorboard_log import TensorBoardLog
 from .train_and_eval import NonFiniteLossError, evaluate, train_one_epoch
 from .training_state import TrainingState, load_to_resume
 
@@ -52,7 +53,15 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="validate on the last N training photographs, not on the test ones "
         f"(default: 0 with test labels, else {VAL_SPLIT_WITHOUT_TEST_LABELS})",
     )
-    add("--test-only", action="store_true", help="only evaluate the weights that --resume names")
+    add(
+        "--threshold",
+        default=0.5,
+        type=probability_or_auto,
+        help="probability above which a pixel is scored as a vessel; 'auto' takes the one of best Dice on the held-out "
+        "photographs (without --val-split, on the training ones) and stores it with the weights",
+    )
+    add("--test-only", action="store_true", help="only score the weights that --resume names, on the test photographs")
+    add("--tensorboard", action="store_true", help="also write TensorBoard events, into --output-dir")
 
 
 def open_datasets(args: argparse.Namespace) -> tuple[DriveDataset, DriveDataset]:
@@ -89,14 +98,17 @@ def fit(
     """
     raw_model = model.module if isinstance(model, DistributedDataParallel) else model
     num_classes = args.num_classes + 1
-    state = TrainingState(raw_model, device, len(train_loader), args)
+    state = TrainingState(raw_model, device, len(train_loader), args, selected_on=val_loader.dataset.describe())
     if checkpoint := load_to_resume(args):
         state.restore(checkpoint)
         if state.best_dice is None:
             # The tutorial's files do not say how good they are, and a worse epoch must not replace a better one.
             state.best_dice = evaluate(raw_model, val_loader, device, num_classes)[1]
+    tensorboard = None
     if is_main_process():
         state.results.write()
+        if args.tensorboard:
+            tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch)
     if state.epoch >= args.epochs and is_main_process():
         print(f"nothing left to train: {state.epoch} epochs are done; raise --epochs {args.epochs} for more")
 
@@ -123,6 +135,8 @@ def fit(
             if is_main_process():
                 print(f"{confusion_matrix}\ndice coefficient: {dice:.3f}", flush=True)
                 _save(state, improved, args)
+                if tensorboard is not None:
+                    tensorboard.write(row)
     except KeyboardInterrupt:
         if is_main_process():
             print(f"interrupted in epoch {state.epoch}; {_where_to_resume(args)}")
@@ -168,17 +182,3 @@ def _save(state: TrainingState, improved: bool, args: argparse.Namespace) -> Non
         save_checkpoint(checkpoint, folder / BEST_MODEL)
     save_checkpoint(checkpoint, folder / LAST_MODEL)
     state.results.write()
-
-
-def test(model: nn.Module, test_loader: DataLoader, device: torch.device, args: argparse.Namespace) -> None:
-    """Print the scores of the weights that `args.resume` names.
-
-    Raises:
-        UsageError: no weights are named.
-    """
-    if not args.resume:
-        raise UsageError("--test-only: says nothing of the weights; name them with --resume FILE")
-    load_weights(model, load_checkpoint(args.resume))
-    confusion_matrix, dice = evaluate(model, test_loader, device, args.num_classes + 1)
-    if is_main_process():
-        print(f"{confusion_matrix}\ndice coefficient: {dice:.3f}")

@@ -128,7 +128,8 @@ def format_row(row: Row) -> str:
     )
 
 
-def _flatten_row(row: Row) -> Row:
+def flatten_row(row: Row) -> Row:
+    """The row with each list spread over one name per class: iou -> iou_0, iou_1."""
     flat = {}
     for name, value in row.items():
         if isinstance(value, list):
@@ -169,8 +170,8 @@ class ResultsFiles:
         with replace_whole(f"{self.stem}.txt") as file:
             file.write("".join(map(format_row, self.rows)).encode())
         table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, _flatten_row(self.rows[-1]))
+        writer = csv.DictWriter(table, flatten_row(self.rows[-1]))
         writer.writeheader()
-        writer.writerows(map(_flatten_row, self.rows))
+        writer.writerows(map(flatten_row, self.rows))
         with replace_whole(f"{self.stem}.csv") as file:
             file.write(table.getvalue().encode())

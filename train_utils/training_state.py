@@ -35,8 +35,16 @@ class TrainingState:
     Nothing random is in it: what an epoch draws follows from the seed and its number (see data_loading.py).
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, steps_per_epoch: int, args: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        steps_per_epoch: int,
+        args: argparse.Namespace,
+        selected_on: str | None = None,
+    ) -> None:
         self.model = model
+        self.selected_on = selected_on  # the photographs that the best epoch is chosen on, in words
         self.steps_per_epoch = steps_per_epoch
         self.args = args
         self.optimizer = torch.optim.SGD(
@@ -76,6 +84,7 @@ class TrainingState:
             "mean": list(self.args.mean),
             "std": list(self.args.std),
             "best_dice": self.best_dice,
+            "selected_on": self.selected_on,
             "results": self.results.stem,
             "history": self.results.rows,
         }

@@ -1,0 +1,285 @@
+"""The scores of a file of weights on the test photographs: a table, scores.json, scores.csv and scores.png."""
+
+import argparse
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from my_dataset import DatasetError, DriveDataset, find_drive, has_test_labels
+from transforms import get_transform
+
+from .checkpoint import BEST_MODEL, LAST_MODEL, Checkpoint, add_to_checkpoint, build_model, load_checkpoint
+from .command_line import UsageError
+from .distributed_utils import broadcast_object, is_main_process
+from .files import replace_whole
+from .logger import Row
+from .metrics import PixelCounts, ProbabilityHistogram
+from .pictures import contact_sheet, curves, write_png
+from .scoring import Measurement, Segmentation, best_threshold, measure
+
+COUNTED = ("accuracy", "sensitivity", "specificity", "precision", "dice", "iou", "mcc")
+RANKED = ("roc_auc", "average_precision")
+AVERAGED = ("dice", "sensitivity", "specificity", "iou", "cl_dice")
+HEADINGS = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "mcc": "MCC",
+    "roc_auc": "ROC-AUC",
+    "average_precision": "avg. precision",
+    "cl_dice": "clDice",
+}
+REGIONS = {
+    "field_of_view": "Inside the field of view",
+    "full_frame": "Full frame (outside the field of view predicted as background)",
+}
+OBSERVERS = ("model", "second_observer")
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The probability above which a pixel is a vessel, and where that number comes from."""
+
+    value: float
+    source: str
+
+
+def score_weights(path: str | Path, device: torch.device, args: argparse.Namespace) -> None:
+    """Score a file of weights on the test photographs: print the table and write the files into `args.output_dir`.
+
+    With `args.threshold` "auto" the threshold is chosen on the training photographs (those that were held out, if
+    any), and stored in the file of weights.
+
+    Raises:
+        UsageError: `path` is empty.
+        DatasetError: the test photographs or their labels are missing.
+        CheckpointError: the weights cannot be used.
+        train_utils.files.OutputError: a file cannot be written.
+    """
+    if not path:
+        raise UsageError("--test-only: says nothing of the weights; name them with --resume FILE")
+    if not has_test_labels(args.data_path):
+        raise DatasetError(
+            f"{_test_labels(args)}: no labels of the test photographs there (the official download has none), so "
+            "nothing can be scored; put the NN_manual1.gif files there"
+        )
+    # The main process alone reads it: the other machines of a run may not see the file.
+    checkpoint = broadcast_object(_without_training_state(load_checkpoint(path)) if is_main_process() else None)
+    model = build_model(checkpoint, device)
+    transform = get_transform(False, checkpoint["mean"], checkpoint["std"])
+    threshold = Threshold(args.threshold, "--threshold")
+    if args.threshold == "auto":
+        chosen_on = _training_photographs(checkpoint, args, transform)
+        threshold = Threshold(
+            best_threshold(model, chosen_on, device), f"auto: best Dice on {chosen_on.describe()} photographs"
+        )
+    measurement = measure(model, DriveDataset(args.data_path, False, transform), device, threshold.value)
+    if is_main_process():
+        report = make_report(measurement, checkpoint, threshold)
+        write_report(report, measurement, Path(args.output_dir))
+        if args.threshold == "auto":
+            add_to_checkpoint(path, threshold=threshold.value)
+        print(format_report(report, measurement), flush=True)
+
+
+def conclude_training(device: torch.device, args: argparse.Namespace) -> None:
+    """After training: draw its curves, and score the best weights on the test photographs, where these have labels.
+
+    Raises:
+        As `score_weights`.
+    """
+    best = None
+    if is_main_process() and Path(args.output_dir, LAST_MODEL).exists():
+        checkpoint = load_checkpoint(Path(args.output_dir, LAST_MODEL))
+        if history := checkpoint.get("history"):
+            write_png(curves(history, checkpoint.get("selected_on", "validation")), Path(args.output_dir, "curves.png"))
+            best = _best_weights(history, args)
+    best = broadcast_object(best)
+    if best is not None:
+        score_weights(best, device, args)
+
+
+def _best_weights(history: Sequence[Row], args: argparse.Namespace) -> Path | None:
+    """The file of the best weights, or None where these cannot be scored."""
+    best_epoch = max(history, key=lambda row: row["dice"])["epoch"]
+    best = Path(args.output_dir, BEST_MODEL if args.save_best else f"model_{best_epoch}.pth")
+    if not has_test_labels(args.data_path):
+        print(f"{_test_labels(args)} holds no labels, so {best} is not scored on the test photographs")
+        return None
+    if not best.exists():
+        print(f"{best}: not written by this run, so nothing is scored")
+        return None
+    return best
+
+
+def _test_labels(args: argparse.Namespace) -> Path:
+    return find_drive(args.data_path) / "test" / "1st_manual"
+
+
+def _without_training_state(checkpoint: Checkpoint) -> Checkpoint:
+    return {name: value for name, value in checkpoint.items() if name not in ("optimizer", "lr_scheduler", "history")}
+
+
+def _training_photographs(checkpoint: Checkpoint, args: argparse.Namespace, transform: Any) -> DriveDataset:
+    """The photographs that the weights' own run held out of training; where it held out none, those it trained on."""
+    val_split = checkpoint["args"].get("val_split", args.val_split) or 0
+    return DriveDataset(args.data_path, train=not val_split, transforms=transform, val_split=val_split)
+
+
+def make_report(measurement: Measurement, checkpoint: Checkpoint, threshold: Threshold) -> dict[str, Any]:
+    """All scores and where they come from, as scores.json holds them: shares of 1; NaN (0 / 0) as None."""
+    accuracy, recall, iou = measurement.confusion_matrix.compute()
+    report: dict[str, Any] = {
+        "weights": checkpoint["path"],
+        "epoch": checkpoint.get("epoch"),
+        "selected_on": checkpoint.get("selected_on", "not recorded in the weights"),
+        "threshold": {"value": threshold.value, "source": threshold.source},
+        "scored_on": "test",
+        "photographs": [score.name for score in measurement.photographs],
+    }
+    observers = {
+        observer: [segmentation for score in measurement.photographs if (segmentation := getattr(score, observer))]
+        for observer in OBSERVERS
+    }
+    for region in REGIONS:
+        histograms = {"model": getattr(measurement, region)}  # a yes/no segmentation ranks nothing
+        report[region] = {
+            observer: summarize(segmentations, region, histograms.get(observer)) if segmentations else None
+            for observer, segmentations in observers.items()
+        }
+    report["tutorial"] = {
+        "global_correct": accuracy.item(),
+        "row_correct": recall.tolist(),
+        "iou": iou.tolist(),
+        "mean_iou": iou.mean().item(),
+        "dice": measurement.dice.value.item(),
+    }
+    return _nan_to_none(report)
+
+
+def summarize(
+    segmentations: Sequence[Segmentation], region: str, histogram: ProbabilityHistogram | None
+) -> dict[str, Any]:
+    """One observer's scores over all pixels, and their mean and standard deviation over the photographs.
+
+    The deviation is the sample's (n - 1). Photographs for which a score is undefined are left out of its mean.
+    """
+    counts = [getattr(segmentation, region) for segmentation in segmentations]
+    total = sum(counts, PixelCounts())
+    values = {name: [getattr(count, name) for count in counts] for name in AVERAGED if name in COUNTED}
+    if region == "field_of_view":
+        values["cl_dice"] = [segmentation.cl_dice for segmentation in segmentations]
+    return {
+        "photographs": len(segmentations),
+        "pooled": {name: getattr(total, name) for name in COUNTED}
+        | {name: getattr(histogram, name)() if histogram else math.nan for name in RANKED},
+        "per_photograph": {name: _mean_and_deviation(series) for name, series in values.items()},
+    }
+
+
+def _mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
+    defined = [value for value in values if not math.isnan(value)]
+    return {
+        "mean": statistics.fmean(defined) if defined else math.nan,
+        "std": statistics.stdev(defined) if len(defined) > 1 else math.nan,
+    }
+
+
+def _nan_to_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _nan_to_none(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_nan_to_none(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def format_report(report: dict[str, Any], measurement: Measurement) -> str:
+    """The report as a table for the terminal, with the tutorial's own lines last."""
+    names = report["photographs"]
+    epoch = "" if report["epoch"] is None else f" (epoch {report['epoch']})"
+    lines = [
+        "",
+        f"scores of {report['weights']}{epoch} on {len(names)} test photographs ({names[0]} to {names[-1]})",
+        f"selected on: {report['selected_on']}",
+        f"threshold: {report['threshold']['value']:.4g} ({report['threshold']['source']})",
+    ]
+    for region, heading in REGIONS.items():
+        observers = {name: scores for name, scores in report[region].items() if scores}
+        pooled = {name: list(map(_number, scores["pooled"].values())) for name, scores in observers.items()}
+        averages = {
+            name: [f"{_number(score['mean'])} ± {_number(score['std'])}" for score in scores["per_photograph"].values()]
+            for name, scores in observers.items()
+        }
+        counts = {name: scores["photographs"] for name, scores in observers.items()}
+        lines += ["", f"{heading}, over all pixels:", *_table(pooled, report[region]["model"]["pooled"], counts)]
+        lines += ["", f"{heading}, mean ± standard deviation over photographs:"]
+        lines += _table(averages, report[region]["model"]["per_photograph"], counts)
+    lines += ["", "As the tutorial scores (inside the field of view, the most probable class):"]
+    lines += [str(measurement.confusion_matrix), f"dice coefficient: {measurement.dice.value.item():.3f}"]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _table(cells: dict[str, list[str]], columns: Sequence[str], counts: dict[str, int]) -> list[str]:
+    """Lines of a table with a row for each observer."""
+    headings = [HEADINGS.get(name, name) for name in columns]
+    labels = {name: name.replace("_", " ") for name in cells}
+    for name in cells:
+        if counts[name] < counts["model"]:
+            labels[name] += f" ({counts[name]} photographs)"
+    width = max(map(len, labels.values()))
+    widths = [max(map(len, column)) for column in zip(headings, *cells.values(), strict=True)]
+
+    def line(label: str, items: Sequence[str]) -> str:
+        return "  ".join([label.ljust(width), *(item.rjust(size) for item, size in zip(items, widths, strict=True))])
+
+    return [line("", headings), *(line(labels[name], items) for name, items in cells.items())]
+
+
+def write_report(report: dict[str, Any], measurement: Measurement, folder: Path) -> None:
+    """Write scores.json, scores.csv (a row for each photograph) and scores.png.
+
+    Raises:
+        train_utils.files.OutputError: one cannot be written.
+    """
+    with replace_whole(folder / "scores.json") as file:
+        file.write((json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    rows = photograph_rows(measurement)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    with replace_whole(folder / "scores.csv") as file:
+        file.write(table.getvalue().encode())
+    threshold = report["threshold"]
+    heading = f"{report['weights']}    threshold {threshold['value']:.4g} ({threshold['source']})"
+    write_png(contact_sheet(measurement.worst, len(rows), heading), folder / "scores.png")
+
+
+def photograph_rows(measurement: Measurement) -> list[dict[str, Any]]:
+    """A flat row for each photograph; empty cells are undefined scores, or photographs without a second observer."""
+    rows = []
+    present = [name for name in OBSERVERS if any(getattr(score, name) for score in measurement.photographs)]
+    for score in measurement.photographs:
+        row: dict[str, Any] = {"photograph": score.name}
+        for observer in present:
+            segmentation = getattr(score, observer)
+            prefix = "" if observer == "model" else f"{observer}_"
+            for region in REGIONS:
+                inside = region == "field_of_view"
+                for name in COUNTED:
+                    value = getattr(getattr(segmentation, region), name) if segmentation else math.nan
+                    row[f"{prefix}{name}" if inside else f"{prefix}full_frame_{name}"] = value
+            row[f"{prefix}cl_dice"] = segmentation.cl_dice if segmentation else math.nan
+        rows.append(_nan_to_none(row))
+    return rows
