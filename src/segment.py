@@ -1,0 +1,165 @@
+"""A model applied to a photograph of any size: brought to the model's scale, in tiles and flips where asked for."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as transforms
+
+SMALLEST_SIDE = 16  # pixels that the U-Net needs
+SAME_SCALE = 0.05
+LARGEST_SCALE = 4.0
+
+# Memory of a forward pass, measured on the U-Net: at most 43 bytes a pixel and channel at full resolution.
+BYTES_PER_PIXEL_AND_CHANNEL = 43
+LARGEST_WHOLE = 2 * 1024**3  # bytes; what would need more is cut into tiles ...
+LARGEST_TILES = 1024**3  # ... of which a batch needs at most this, since the picture and its probabilities come on top
+SMALLEST_TILE = 128
+
+FLIPS = ((), (-1,), (-2,), (-2, -1))  # dimensions of [C, H, W] to mirror
+
+View = tuple[int, int, tuple[int, ...]]  # row and column of a tile, and its flip
+
+
+def normalise(photograph: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Prepare a photograph, uint8 [H, W, 3], exactly as in training and evaluation: float32 [3, H, W]."""
+    image = transforms.to_dtype(transforms.to_image(photograph), torch.float32, scale=True).as_subclass(Tensor)
+    return transforms.normalize(image, list(mean), list(std))
+
+
+def match_scale(diameter: float, trained_diameter: float) -> float:
+    """The factor that makes vessels as wide as those the model was trained on.
+
+    Args:
+        diameter: of the photograph's field of view, pixels.
+        trained_diameter: that of the training photographs.
+    """
+    scale = min(trained_diameter / diameter, LARGEST_SCALE) if diameter else 1.0  # enlarging more shows nothing new
+    # Photographs of one camera differ by a percent or two, and a model trained at 0.5 to 1.2 times the size does not
+    # mind five; resampling would blur thin vessels for nothing.
+    return 1.0 if abs(scale - 1) <= SAME_SCALE else scale
+
+
+@torch.inference_mode()
+def segment(
+    model: nn.Module,
+    photograph: np.ndarray,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    scale: float = 1.0,
+    tile: int | None = None,
+    flips: bool = False,
+    batch_size: int = 1,
+    amp: bool = False,
+) -> Tensor:
+    """The probability of every class but the background, at each pixel of a photograph.
+
+    Args:
+        model: in eval mode; [N, 3, h, w] -> {"out": logits [N, C, h, w]}.
+        photograph: RGB, uint8 [H, W, 3].
+        mean, std: what the model's training photographs were normalised with.
+        scale: resize the photograph by this factor first, and the probabilities back.
+        tile: side in pixels (after scaling) of overlapping tiles to cut it into; None: only as memory demands.
+        flips: average over the four flips of the picture, for four times the work.
+        batch_size: tiles or flips that go through the model at once.
+        amp: use automatic mixed precision.
+
+    Returns:
+        float64 [C - 1, H, W] on the CPU; for two classes, the vessels alone.
+    """
+    assert not model.training, "call model.eval() first"
+    height, width = photograph.shape[:2]
+    if scale != 1:
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        # As the training preset resizes.
+        photograph = np.array(Image.fromarray(photograph).resize(size, Image.Resampling.BILINEAR))
+    if tile is None:
+        tile = _tile_for_memory(model, *photograph.shape[:2], batch_size)
+
+    probabilities = _blend(model, photograph, mean, std, tile, FLIPS if flips else FLIPS[:1], batch_size, amp)
+    if scale != 1:
+        probabilities = F.interpolate(probabilities[None], (height, width), mode="bilinear", antialias=True)[0]
+    return probabilities
+
+
+def _tile_for_memory(model: nn.Module, height: int, width: int, batch_size: int) -> int:
+    channels = next(model.parameters()).shape[0]  # of the first convolution
+    pixel = BYTES_PER_PIXEL_AND_CHANNEL * channels * batch_size
+    if height * width * pixel <= LARGEST_WHOLE:
+        return max(height, width)
+    return max(math.isqrt(LARGEST_TILES // pixel) // SMALLEST_SIDE * SMALLEST_SIDE, SMALLEST_TILE)
+
+
+def _blend(
+    model: nn.Module,
+    photograph: np.ndarray,
+    mean: Sequence[float],
+    std: Sequence[float],
+    tile: int,
+    flips: Sequence[tuple[int, ...]],
+    batch_size: int,
+    amp: bool,
+) -> Tensor:
+    rows, columns = (_overlapping_spans(length, tile) for length in photograph.shape[:2])
+    blended = None
+    for views in _batches(rows, columns, flips, batch_size):
+        images = [
+            normalise(photograph[rows[row][0], columns[column][0]], mean, std).flip(flip) for row, column, flip in views
+        ]
+        probabilities = _forward(model, torch.stack(images), amp)  # [N, C - 1, h, w]
+        if blended is None:
+            blended = probabilities.new_zeros(probabilities.shape[1], *photograph.shape[:2])
+        for (row, column, flip), probability in zip(views, probabilities, strict=True):
+            (vertical, row_weight), (horizontal, column_weight) = rows[row], columns[column]
+            weighted = probability.flip(flip) * row_weight[:, None] * column_weight
+            blended[:, vertical, horizontal] += weighted
+    return blended / len(flips)
+
+
+def _overlapping_spans(length: int, tile: int) -> list[tuple[slice, Tensor]]:
+    """Where the tiles lie along one side of a picture, with their shares [span] in it, which add up to 1 everywhere."""
+    if length < tile + SMALLEST_SIDE:  # the last of several tiles may be larger by as much
+        return [(slice(0, length), torch.ones(length, dtype=torch.float64))]
+    overlap = tile // 4
+    count = math.ceil((length - overlap) / (tile - overlap))
+    # At multiples of 16 the U-Net's four poolings meet the same pixels as in the whole picture.
+    starts = [i * (length - tile) // (count - 1) // SMALLEST_SIDE * SMALLEST_SIDE for i in range(count)]
+    spans = [slice(start, start + tile) for start in starts[:-1]] + [slice(starts[-1], length)]
+    shares = torch.zeros(count, length, dtype=torch.float64)
+    for share, span in zip(shares, spans, strict=True):
+        size = span.stop - span.start
+        # A tile knows least at its own rim: its share rises from the rim inwards, over half of the overlap.
+        distance = torch.minimum(torch.arange(1, size + 1), torch.arange(size, 0, -1))
+        share[span] = (distance - overlap / 4).clamp(min=1e-3, max=overlap / 2)
+    shares /= shares.sum(dim=0)
+    return [(span, share[span]) for share, span in zip(shares, spans, strict=True)]
+
+
+def _batches(rows: list, columns: list, flips: Sequence[tuple[int, ...]], batch_size: int) -> Iterator[list[View]]:
+    """All tiles in all flips, in batches of one shape."""
+
+    def shape(view: View) -> tuple[int, int]:
+        return len(rows[view[0]][1]), len(columns[view[1]][1])
+
+    views = sorted(itertools.product(range(len(rows)), range(len(columns)), flips), key=shape)
+    for _, alike in itertools.groupby(views, key=shape):
+        while batch := list(itertools.islice(alike, batch_size)):
+            yield batch
+
+
+def _forward(model: nn.Module, images: Tensor, amp: bool) -> Tensor:
+    """Probabilities float64 [N, C - 1, H, W], on the CPU, of normalised images [N, 3, H, W]."""
+    height, width = images.shape[-2:]
+    device = next(model.parameters()).device
+    images = F.pad(images, [0, max(SMALLEST_SIDE - width, 0), 0, max(SMALLEST_SIDE - height, 0)])
+    with torch.autocast(device.type, enabled=amp):
+        logits = model(images.to(device))["out"][..., :height, :width]
+    # In float64, since float32 would round logits that hardly differ to two probabilities of 0.5: above 0.5 is then
+    # exactly what argmax calls a vessel.
+    return logits.cpu().double().softmax(dim=1)[:, 1:]
