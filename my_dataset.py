@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 # Channel mean and standard deviation inside the field of view, over DRIVE's 20 training photographs, in [0, 1].
 DRIVE_MEAN = (0.709, 0.381, 0.224)
 DRIVE_STD = (0.127, 0.079, 0.043)
+DRIVE_FOV_DIAMETER = 540.0  # pixels across the field of view, from 536 to 541
 
 BACKGROUND, VESSEL, OUTSIDE = 0, 1, 255  # the values of a label; OUTSIDE the field of view nothing is learned or scored
 

@@ -2,8 +2,9 @@
 
 A checkpoint is a dict of tensors and plain values with the tutorial's keys (`model`, `optimizer`, `lr_scheduler`,
 `epoch`, `args`, with AMP `scaler`) and this project's: `model_args` (of `src.create_model`), `mean` and `std` (how the
-photographs were normalised), `best_dice`, `history` (the rows of the results files), `selected_on` (the photographs
-that the best epoch was chosen on) and, once chosen, `threshold` (the probability above which a pixel is a vessel).
+photographs were normalised), `fov_diameter` (pixels across their fields of view), `best_dice`, `history` (the rows of
+the results files), `selected_on` (the photographs that the best epoch was chosen on) and, once chosen, `threshold` (the
+probability above which a pixel is a vessel).
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from my_dataset import DRIVE_MEAN, DRIVE_STD
+from my_dataset import DRIVE_FOV_DIAMETER, DRIVE_MEAN, DRIVE_STD
 from src import create_model, model_args_from_state_dict
 
 from .files import replace_whole
@@ -72,8 +73,8 @@ def _without_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint of this project or of the tutorial, or a bare state dict, onto the CPU.
 
-    `model`, `model_args`, `mean`, `std`, `args` (a dict) and `path` are there whatever wrote the file; the rest only
-    where it was in the file.
+    `model`, `model_args`, `mean`, `std`, `fov_diameter`, `args` (a dict) and `path` are there whatever wrote the file;
+    the rest only where it was in the file.
 
     Raises:
         CheckpointError: no such file; no checkpoint; pickled code inside (which is not executed); not a U-Net's.
@@ -95,6 +96,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             ) from error
     checkpoint.setdefault("mean", list(DRIVE_MEAN))
     checkpoint.setdefault("std", list(DRIVE_STD))
+    checkpoint.setdefault("fov_diameter", DRIVE_FOV_DIAMETER)
     args = checkpoint.get("args", {})
     checkpoint["args"] = vars(args) if isinstance(args, argparse.Namespace) else args
     return checkpoint

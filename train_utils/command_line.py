@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 
 from my_dataset import DatasetError
+from src.photograph import PhotographError
 
 from .checkpoint import CheckpointError
 from .distributed_utils import DistributedError
@@ -22,7 +23,15 @@ class UsageError(ValueError):
 
 
 # What a user can mend. Anything else is a fault of ours and keeps its traceback.
-USER_ERRORS = (CheckpointError, DatasetError, DistributedError, NonFiniteLossError, OutputError, UsageError)
+USER_ERRORS = (
+    CheckpointError,
+    DatasetError,
+    DistributedError,
+    NonFiniteLossError,
+    OutputError,
+    PhotographError,
+    UsageError,
+)
 
 
 class Parser(argparse.ArgumentParser):

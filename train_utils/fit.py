@@ -1,6 +1,7 @@
 """The epochs of a run: train, evaluate, log, save; and the flags and data that both training scripts share."""
 
 import argparse
+import statistics
 import time
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from my_dataset import DRIVE_MEAN, DRIVE_STD, DriveDataset, find_drive, has_test_labels
+from my_dataset import DRIVE_MEAN, DRIVE_STD, OUTSIDE, DriveDataset, find_drive, has_test_labels
+from src.photograph import field_of_view_diameter
 from transforms import get_transform
 
 from .checkpoint import BEST_MODEL, LAST_MODEL, save_checkpoint
@@ -98,7 +100,14 @@ def fit(
     """
     raw_model = model.module if isinstance(model, DistributedDataParallel) else model
     num_classes = args.num_classes + 1
-    state = TrainingState(raw_model, device, len(train_loader), args, selected_on=val_loader.dataset.describe())
+    state = TrainingState(
+        raw_model,
+        device,
+        len(train_loader),
+        args,
+        selected_on=val_loader.dataset.describe(),
+        fov_diameter=_median_diameter(train_loader.dataset.dataset),
+    )
     if checkpoint := load_to_resume(args):
         state.restore(checkpoint)
         if state.best_dice is None:
@@ -144,6 +153,11 @@ def fit(
     except NonFiniteLossError as error:
         raise NonFiniteLossError(f"{error}; {_where_to_resume(args)}") from error
     return state.best_dice
+
+
+def _median_diameter(train_data: DriveDataset) -> float:
+    """Pixels across the fields of view of the training photographs: what predict.py scales other photographs to."""
+    return statistics.median(field_of_view_diameter(label != OUTSIDE) for label in train_data.labels)
 
 
 def _require_finite_weights(model: nn.Module, epoch: int) -> None:

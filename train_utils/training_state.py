@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from my_dataset import DRIVE_FOV_DIAMETER
+
 from .checkpoint import LAST_MODEL, Checkpoint, CheckpointError, load_checkpoint, load_weights
 from .distributed_utils import broadcast_object, is_main_process
 from .logger import ResultsFiles, Row
@@ -42,9 +44,11 @@ class TrainingState:
         steps_per_epoch: int,
         args: argparse.Namespace,
         selected_on: str | None = None,
+        fov_diameter: float = DRIVE_FOV_DIAMETER,
     ) -> None:
         self.model = model
         self.selected_on = selected_on  # the photographs that the best epoch is chosen on, in words
+        self.fov_diameter = fov_diameter  # of the training photographs, pixels
         self.steps_per_epoch = steps_per_epoch
         self.args = args
         self.optimizer = torch.optim.SGD(
@@ -83,6 +87,7 @@ class TrainingState:
             "model_args": self.model.model_args,
             "mean": list(self.args.mean),
             "std": list(self.args.std),
+            "fov_diameter": self.fov_diameter,
             "best_dice": self.best_dice,
             "selected_on": self.selected_on,
             "results": self.results.stem,
