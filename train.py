@@ -10,7 +10,7 @@ from src import create_model
 from train_utils.command_line import Parser, at_least, run_script, select_device
 from train_utils.data_loading import default_workers, evaluation_loader, training_loader
 from train_utils.files import make_output_folder
-from train_utils.fit import add_training_flags, fit, open_datasets
+from train_utils.fit import add_training_flags, architecture_defaults, fit, model_arguments, open_datasets
 from train_utils.scores import conclude_training, score_weights
 from train_utils.synthetic_drive import write_synthetic_drive
 
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     train_data, val_data = open_datasets(args)
 
     torch.manual_seed(args.seed)
-    model = create_model(in_channels=3, num_classes=args.num_classes + 1, base_c=args.base_c).to(device)
+    model = create_model(**model_arguments(args)).to(device)
 
     pin_memory = device.type == "cuda"
     workers = default_workers(device, args.batch_size) if args.workers is None else args.workers
@@ -77,9 +77,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the flags; --demo changes the defaults of some."""
+    """Read the flags; --arch and --demo change the defaults of some."""
     parser = get_parser()
-    if parser.parse_args(argv).demo:
+    asked = parser.parse_args(argv)
+    parser.set_defaults(**architecture_defaults(asked.arch))
+    if asked.demo:
         parser.set_defaults(**DEMO_DEFAULTS)
     return parser.parse_args(argv)
 

@@ -12,7 +12,7 @@ from train_utils.command_line import Parser, UsageError, add_switch, at_least, r
 from train_utils.data_loading import evaluation_loader, training_loader
 from train_utils.distributed_utils import init_distributed_mode, is_main_process, leave_distributed_mode
 from train_utils.files import make_output_folder
-from train_utils.fit import add_training_flags, fit, open_datasets
+from train_utils.fit import add_training_flags, architecture_defaults, fit, model_arguments, open_datasets
 from train_utils.scores import conclude_training, score_weights
 
 
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
     val_loader = evaluation_loader(val_data, args.workers, pin_memory=pin_memory)
 
     torch.manual_seed(args.seed)
-    raw_model = create_model(in_channels=3, num_classes=args.num_classes + 1, base_c=args.base_c).to(device)
+    raw_model = create_model(**model_arguments(args)).to(device)
     require_a_step(len(train_data), args)
     best_dice = fit(wrap(raw_model, args), train_loader, val_loader, device, args)
     conclude_training(device, args)
@@ -76,7 +76,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    return get_parser().parse_args(argv)
+    """Read the flags; --arch changes the defaults of some."""
+    parser = get_parser()
+    parser.set_defaults(**architecture_defaults(parser.parse_args(argv).arch))
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -2,36 +2,70 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from .backbone_unet import BackboneUNet, BackboneWeightsError
+from .mobilenet_unet import MobileV3Unet
 from .unet import UNet
+from .unet_paper import OverlapTileUNet, UNetPaper
+from .vgg_unet import VGG16UNet
 
-__all__ = ["UNet", "create_model", "model_args_from_state_dict"]
+__all__ = [
+    "ARCHITECTURES",
+    "BackboneUNet",
+    "BackboneWeightsError",
+    "MobileV3Unet",
+    "OverlapTileUNet",
+    "UNet",
+    "UNetPaper",
+    "VGG16UNet",
+    "create_model",
+    "model_args_from_state_dict",
+]
+
+# Each architecture with all its arguments, for photographs; `num_classes` counts the background.
+ARCHITECTURES = {
+    "unet": (UNet, {"in_channels": 3, "num_classes": 2, "base_c": 32, "bilinear": True}),
+    "unet_paper": (OverlapTileUNet, {"in_channels": 3, "num_classes": 2, "base_c": 64}),
+    "mobilenet_v3": (MobileV3Unet, {"num_classes": 2}),
+    "vgg16": (VGG16UNet, {"num_classes": 2}),
+}
 
 
-def create_model(in_channels: int = 3, num_classes: int = 2, base_c: int = 32, bilinear: bool = True) -> UNet:
-    """Build a U-Net [N, in_channels, H, W] -> {"out": [N, num_classes, H, W]}; `num_classes` counts the background.
+def create_model(arch: str = "unet", **model_args: int | bool) -> nn.Module:
+    """Build a model [N, C, H, W] -> {"out": [N, num_classes, H, W]}.
 
     The arguments stay with the model as `model_args`: a checkpoint holds them, so that it can be built again.
+
+    Args:
+        arch: a key of ARCHITECTURES; files without it hold a plain U-Net.
+        model_args: of the architecture; what is left out is as in ARCHITECTURES.
+
+    Raises:
+        ValueError: there is no such architecture.
+        TypeError: the architecture has no such argument.
     """
-    model_args = {"in_channels": in_channels, "num_classes": num_classes, "base_c": base_c, "bilinear": bilinear}
-    model = UNet(**model_args)
-    model.model_args = model_args
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"no architecture {arch!r}; there are {', '.join(ARCHITECTURES)}")
+    architecture, defaults = ARCHITECTURES[arch]
+    model = architecture(**(defaults | model_args))
+    model.model_args = {"arch": arch} | defaults | model_args
     return model
 
 
-def model_args_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, int | bool]:
-    """Read the arguments of `create_model` off a U-Net's parameters.
+def model_args_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, str | int | bool]:
+    """Read the arguments of `create_model` off a model's parameters.
 
-    Files of the tutorial carry no arguments; the shapes of the first and last convolution tell them.
+    Files of the tutorial carry no arguments; names and shapes of the first and last convolution tell them.
 
     Raises:
-        KeyError: the parameters are not those of a U-Net.
+        KeyError: the parameters are not those of one of these models.
     """
+    for arch, first in (("mobilenet_v3", "backbone.0.0.weight"), ("vgg16", "backbone.0.weight")):
+        if first in state_dict:
+            return {"arch": arch, "num_classes": state_dict["conv.0.weight"].shape[0]}
     base_c, in_channels = state_dict["in_conv.0.weight"].shape[:2]
-    return {
-        "in_channels": in_channels,
-        "num_classes": state_dict["out_conv.0.weight"].shape[0],
-        "base_c": base_c,
-        "bilinear": "up1.up.weight" not in state_dict,
-    }
+    shape = {"in_channels": in_channels, "num_classes": state_dict["out_conv.0.weight"].shape[0], "base_c": base_c}
+    if "in_conv.2.weight" in state_dict:  # without BatchNorm, the second convolution comes two places after the first
+        return {"arch": "unet_paper"} | shape
+    return {"arch": "unet"} | shape | {"bilinear": "up1.up.weight" not in state_dict}

@@ -42,7 +42,13 @@ def test_files_of_the_tutorial(tmp_path, bilinear):
     with pytest.raises(pickle.UnpicklingError):  # the fault that is mended here
         torch.load(path, weights_only=True)
     loaded, checkpoint = load_model(path, CPU)
-    assert checkpoint["model_args"] == {"in_channels": 1, "num_classes": 3, "base_c": 4, "bilinear": bilinear}
+    assert checkpoint["model_args"] == {
+        "arch": "unet",
+        "in_channels": 1,
+        "num_classes": 3,
+        "base_c": 4,
+        "bilinear": bilinear,
+    }
     assert (checkpoint["mean"], checkpoint["std"]) == (list(DRIVE_MEAN), list(DRIVE_STD))
     assert checkpoint["args"] == {"lr": 0.01, "device": "cuda", "epochs": 200, "resume": ""}
     assert checkpoint["epoch"] == 7 and not loaded.training

@@ -89,7 +89,8 @@ def test_a_run(shared_drive, working_directory, capsys):
     best, last = (load_checkpoint(Path("save_weights", f"{name}_model.pth")) for name in ("best", "last"))
     assert last["epoch"] == 2 and best["epoch"] == dice.index(max(dice))
     assert last["best_dice"] == best["best_dice"] == max(dice)
-    assert last["model_args"] == {"in_channels": 3, "num_classes": 2, "base_c": 4, "bilinear": True}
+    shape = {"in_channels": 3, "num_classes": 2, "base_c": 4, "bilinear": True}
+    assert last["model_args"] == {"arch": "unet"} | shape
     assert {"model", "optimizer", "lr_scheduler", "epoch", "args", "mean", "std"} <= set(last) and "scaler" not in last
     plain = torch.load("save_weights/last_model.pth", weights_only=True)
     assert type(plain["args"]) is dict and plain["args"]["epochs"] == 3

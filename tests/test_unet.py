@@ -68,6 +68,7 @@ def test_parameter_count_and_order():
 def test_defaults_are_the_tutorials():
     model = UNet()
     assert model_args_from_state_dict(model.state_dict()) == {
+        "arch": "unet",
         "in_channels": 1,
         "num_classes": 2,
         "base_c": 64,
@@ -96,8 +97,15 @@ def test_up_pads_left_and_top_by_the_floor_half_and_puts_the_skip_first():
 
 def test_create_model_and_back():
     for model_args in (
-        {"in_channels": 3, "num_classes": 2, "base_c": 8, "bilinear": True},
-        {"in_channels": 1, "num_classes": 4, "base_c": 4, "bilinear": False},
+        {"arch": "unet", "in_channels": 3, "num_classes": 2, "base_c": 8, "bilinear": True},
+        {"arch": "unet", "in_channels": 1, "num_classes": 4, "base_c": 4, "bilinear": False},
     ):
         model = create_model(**model_args)
         assert model.model_args == model_args == model_args_from_state_dict(model.state_dict())
+
+
+def test_arguments_without_an_architecture_are_those_of_the_plain_unet():
+    model = create_model(in_channels=1, base_c=4)
+    assert type(model) is UNet and model.model_args["arch"] == "unet" and model.model_args["bilinear"] is True
+    with pytest.raises(ValueError, match="no architecture 'segnet'; there are unet, unet_paper, mobilenet_v3, vgg16"):
+        create_model(arch="segnet")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from my_dataset import DRIVE_FOV_DIAMETER, DRIVE_MEAN, DRIVE_STD
-from src import create_model, model_args_from_state_dict
+from src import BackboneUNet, BackboneWeightsError, create_model, model_args_from_state_dict
 
 from .files import replace_whole
 
@@ -121,11 +121,26 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{path}: the weights of another model: at {name} this model has {sides[0]}, the file {sides[1]}"
             + (f" (and {len(wrong) - 1} more differ)" if len(wrong) > 1 else "")
-            + "; give the flags that it was trained with, such as --base-c and --num-classes"
+            + "; give the flags that it was trained with, such as --arch, --base-c and --num-classes"
         )
     if not all(value.isfinite().all() for value in found.values()):
         raise CheckpointError(f"{path}: the weights hold NaN or infinite values; train again with a lower --lr")
     model.load_state_dict(found)
+
+
+def load_backbone_weights(model: BackboneUNet, path: str | Path) -> None:
+    """Put the weights that torchvision learned on ImageNet, from a file, into the backbone of a model.
+
+    Raises:
+        CheckpointError: no such file; no weights; weights of another network.
+    """
+    state_dict = _read(Path(path))
+    if not _is_state_dict(state_dict):
+        raise CheckpointError(f"{path}: holds no weights of torchvision's; get {model.imagenet_weights.url}")
+    try:
+        model.load_backbone(state_dict)
+    except BackboneWeightsError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_model(path: str | Path, device: torch.device) -> tuple[nn.Module, Checkpoint]:
@@ -144,7 +159,10 @@ def build_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
     Raises:
         CheckpointError: as `load_weights`.
     """
-    model = create_model(**checkpoint["model_args"])
+    try:
+        model = create_model(**checkpoint["model_args"])
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint['path']}: of a model that this version does not know ({error})") from error
     load_weights(model, checkpoint)
     return model.to(device).eval()
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 
 from my_dataset import DatasetError
+from src import BackboneWeightsError
 from src.photograph import PhotographError
 
 from .checkpoint import CheckpointError
@@ -24,6 +25,7 @@ class UsageError(ValueError):
 
 # What a user can mend. Anything else is a fault of ours and keeps its traceback.
 USER_ERRORS = (
+    BackboneWeightsError,
     CheckpointError,
     DatasetError,
     DistributedError,

@@ -11,12 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from my_dataset import DRIVE_MEAN, DRIVE_STD, OUTSIDE, DriveDataset, find_drive, has_test_labels
+from src import ARCHITECTURES, BackboneUNet
 from src.photograph import field_of_view_diameter
 from transforms import get_transform
 
-from .checkpoint import BEST_MODEL, LAST_MODEL, save_checkpoint
-from .command_line import add_switch, at_least, probability_or_auto
-from .distributed_utils import broadcast_buffers, is_main_process
+from .checkpoint import BEST_MODEL, LAST_MODEL, load_backbone_weights, save_checkpoint
+from .command_line import UsageError, add_switch, at_least, probability_or_auto
+from .data_loading import derive_seed
+from .distributed_utils import broadcast_buffers, get_rank, is_main_process
 from .logger import Row
 from .metrics import ConfusionMatrix
 from .tensorboard_log import TensorBoardLog
@@ -43,7 +45,18 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add_switch(parser, "--save-best", default=True, help="keep the best epoch alone, not every one")
     add_switch(parser, "--amp", default=False, help="automatic mixed precision (on a GPU)")
     add("--seed", default=0, type=at_least(0), help="the same seed gives the same numbers")
-    add("--base-c", default=32, type=at_least(1), help="channels of the U-Net at full resolution")
+    add("--arch", default="unet", choices=list(ARCHITECTURES), help="architecture of the model")
+    add(
+        "--backbone-weights",
+        metavar="FILE",
+        help="start mobilenet_v3 or vgg16 from this file of torchvision's ImageNet weights; 'imagenet' downloads it",
+    )
+    add(
+        "--base-c",
+        default=32,
+        type=at_least(1),
+        help="channels at full resolution, of unet and of unet_paper (whose default is 64)",
+    )
     add("--base-size", default=565, type=at_least(2), help="the training preset resizes to 0.5 - 1.2 times this")
     add("--mean", nargs=3, default=list(DRIVE_MEAN), type=float, help="channel means (see compute_mean_std.py)")
     add("--std", nargs=3, default=list(DRIVE_STD), type=float, help="channel standard deviations")
@@ -64,6 +77,17 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--test-only", action="store_true", help="only score the weights that --resume names, on the test photographs")
     add("--tensorboard", action="store_true", help="also write TensorBoard events, into --output-dir")
+
+
+def architecture_defaults(arch: str) -> dict[str, int]:
+    """The flags of `add_training_flags` that have another default with an architecture."""
+    return {name: value for name, value in ARCHITECTURES[arch][1].items() if name == "base_c"}
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, str | int]:
+    """The arguments of `src.create_model` that the flags ask for."""
+    widths = {"base_c": args.base_c} if "base_c" in ARCHITECTURES[args.arch][1] else {}
+    return {"arch": args.arch, "num_classes": args.num_classes + 1} | widths
 
 
 def open_datasets(args: argparse.Namespace) -> tuple[DriveDataset, DriveDataset]:
@@ -97,6 +121,7 @@ def fit(
 
     Raises:
         NonFiniteLossError: the loss or the weights became NaN or infinite; the state before that epoch is kept.
+        UsageError, CheckpointError, BackboneWeightsError: `args.backbone_weights` cannot be used.
     """
     raw_model = model.module if isinstance(model, DistributedDataParallel) else model
     num_classes = args.num_classes + 1
@@ -113,6 +138,8 @@ def fit(
         if state.best_dice is None:
             # The tutorial's files do not say how good they are, and a worse epoch must not replace a better one.
             state.best_dice = evaluate(raw_model, val_loader, device, num_classes)[1]
+    elif args.backbone_weights:
+        _pretrain_backbone(raw_model, args)
     tensorboard = None
     if is_main_process():
         state.results.write()
@@ -125,6 +152,8 @@ def fit(
         while state.epoch < args.epochs:
             started = time.time()
             train_loader.sampler.set_epoch(state.epoch)
+            # Drop-out, too, then draws by epoch: a resumed run goes on as if it had not stopped.
+            torch.manual_seed(derive_seed(args.seed, state.epoch, get_rank()))
             mean_loss, lr = train_one_epoch(
                 model,
                 state.optimizer,
@@ -158,6 +187,15 @@ def fit(
 def _median_diameter(train_data: DriveDataset) -> float:
     """Pixels across the fields of view of the training photographs: what predict.py scales other photographs to."""
     return statistics.median(field_of_view_diameter(label != OUTSIDE) for label in train_data.labels)
+
+
+def _pretrain_backbone(model: nn.Module, args: argparse.Namespace) -> None:
+    if not isinstance(model, BackboneUNet):
+        raise UsageError(f"--backbone-weights: {args.arch} has no backbone; use --arch mobilenet_v3 or --arch vgg16")
+    if args.backbone_weights == "imagenet":
+        model.download_backbone()
+    else:
+        load_backbone_weights(model, args.backbone_weights)
 
 
 def _require_finite_weights(model: nn.Module, epoch: int) -> None:

@@ -1,0 +1,82 @@
+"""A U-Net whose contracting path is a classification network, with weights learned on ImageNet if wanted."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum
+
+from .unet import OutConv, Up
+
+
+class BackboneWeightsError(ValueError):
+    """Weights of a backbone cannot be had, or are of another network; the message says what to do."""
+
+
+class BackboneUNet(nn.Module):
+    """Four levels up, bilinearly, along stages that are tapped from a backbone.
+
+    Args:
+        features: the feature layers of a classification network of torchvision; those after the last tap are dropped.
+        taps: the layers whose outputs are the stages, each half the resolution of the one before, and their channels.
+        num_classes: classes of the output, background included.
+    """
+
+    imagenet_weights: WeightsEnum  # of the network that `features` are of, as torchvision offers them
+
+    def __init__(self, features: nn.Sequential, taps: Mapping[int, int], num_classes: int) -> None:
+        super().__init__()
+        self.taps = tuple(taps)
+        first, second, third, fourth, fifth = taps.values()
+        self.backbone = features[: self.taps[-1] + 1]
+        self.up1 = Up(fifth + fourth, fourth)
+        self.up2 = Up(fourth + third, third)
+        self.up3 = Up(third + second, second)
+        self.up4 = Up(second + first, first)
+        self.conv = OutConv(first, num_classes)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Map an image [N, 3, H, W] to logits [N, num_classes, h, w] of the first stage's resolution."""
+        stages = []
+        for index, layer in enumerate(self.backbone):
+            x = layer(x)
+            if index in self.taps:
+                stages.append(x)
+        x1, x2, x3, x4, x5 = stages
+        x = self.up1(x5, x4)
+        x = self.up2(x, x3)
+        x = self.up3(x, x2)
+        x = self.up4(x, x1)
+        return self.conv(x)
+
+    def load_backbone(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take over the feature layers out of the weights of torchvision's whole classification network.
+
+        Raises:
+            BackboneWeightsError: they are the weights of another network.
+        """
+        own = tuple(f"features.{index}." for index in range(len(self.backbone)))
+        features = {name.removeprefix("features."): value for name, value in state_dict.items() if name.startswith(own)}
+        try:
+            self.backbone.load_state_dict(features)
+        except RuntimeError as error:
+            raise BackboneWeightsError(
+                f"not torchvision's weights of {type(self.imagenet_weights).__name__.removesuffix('_Weights')}; "
+                f"get {self.imagenet_weights.url}"
+            ) from error
+
+    def download_backbone(self) -> None:
+        """Take over the weights learned on ImageNet, from torch's cache or the network.
+
+        Raises:
+            BackboneWeightsError: they cannot be downloaded.
+        """
+        try:
+            state_dict = self.imagenet_weights.get_state_dict(progress=True, check_hash=True)
+        # No network or no room on the disk; a file that was damaged on its way.
+        except (OSError, RuntimeError) as error:
+            raise BackboneWeightsError(
+                f"the ImageNet weights cannot be downloaded ({error}); get {self.imagenet_weights.url} elsewhere, and "
+                f"give the file with --backbone-weights or put it into {torch.hub.get_dir()}/checkpoints"
+            ) from error
+        self.load_backbone(state_dict)
