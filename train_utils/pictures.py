@@ -24,7 +24,7 @@ INK, FAINT, GRID = (25, 25, 25), (105, 105, 105), (225, 225, 225)
 SHEET_ROWS = 20  # DRIVE's test set; of more photographs the sheet shows the worst
 PANEL = 584  # side of the square that a photograph is fitted into, pixels; DRIVE's keep their own size
 GAP = 8
-CAPTION = 190  # width of the text at the left, pixels
+CAPTION = 230  # width of the text at the left, pixels
 TITLES = ("photograph", "truth", "prediction", "errors")
 
 
@@ -75,29 +75,29 @@ def contact_sheet(rows: Sequence[SheetRow], photographs: int, heading: str) -> I
         heading: a line of text.
     """
     width = 2 * GAP + CAPTION + rows[0].strip.width
-    top = 112
+    top = 140
     sheet = Image.new("RGB", (width, top + len(rows) * (PANEL + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, GAP), heading, INK, _font(20))
+    draw.text((GAP, GAP), heading, INK, _font(28))
     count = f"{photographs} photographs" if photographs == len(rows) else f"{len(rows)} of {photographs} photographs"
-    draw.text((GAP, 42), f"{count}, the worst first; Dice inside the field of view", FAINT, _font(18))
+    draw.text((GAP, 52), f"{count}, the worst first; Dice inside the field of view", FAINT, _font(24))
     _draw_legend(draw, width)
     for column, title in enumerate(TITLES):
         middle = GAP + CAPTION + column * (PANEL + GAP) + PANEL // 2
-        draw.text((middle, top - 8), title, INK, _font(20), anchor="ms")
+        draw.text((middle, top - 8), title, INK, _font(26), anchor="ms")
     for index, row in enumerate(rows):
         y = top + index * (PANEL + GAP)
         sheet.paste(row.strip, (GAP + CAPTION, y))
-        draw.text((GAP, y + PANEL // 2 - 26), _fitted(row.name, CAPTION - GAP), INK, _font(20))
-        draw.text((GAP, y + PANEL // 2 + 4), f"Dice {row.dice:.3f}", INK, _font(26))
+        draw.text((GAP, y + PANEL // 2 - 36), _fitted(row.name, CAPTION - GAP), INK, _font(26))
+        draw.text((GAP, y + PANEL // 2 + 4), f"Dice {row.dice:.3f}", INK, _font(32))
     return sheet
 
 
 def _fitted(text: str, width: int) -> str:
     """The text, cut short where it is wider than so many pixels."""
-    if _font(20).getlength(text) <= width:
+    if _font(26).getlength(text) <= width:
         return text
-    while text and _font(20).getlength(f"{text}...") > width:
+    while text and _font(26).getlength(f"{text}...") > width:
         text = text[:-1]
     return f"{text}..."
 
@@ -105,10 +105,10 @@ def _fitted(text: str, width: int) -> str:
 def _draw_legend(draw: ImageDraw.ImageDraw, width: int) -> None:
     x = width - GAP
     for colour, label in ((MISS, "missed"), (FALSE_ALARM, "false alarm"), (HIT, "hit")):
-        x -= int(_font(18).getlength(label))
-        draw.text((x, 42), label, INK, _font(18))
-        draw.rectangle([x - 24, 44, x - 8, 60], fill=colour, outline=INK)
-        x -= 46
+        x -= int(_font(24).getlength(label))
+        draw.text((x, 52), label, INK, _font(24))
+        draw.rectangle([x - 32, 56, x - 10, 78], fill=colour, outline=INK)
+        x -= 60
 
 
 def _font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -262,7 +262,10 @@ def write_report(report: dict[str, Any], measurement: Measurement, folder: Path)
     with replace_whole(folder / "scores.csv") as file:
         file.write(table.getvalue().encode())
     threshold = report["threshold"]
-    heading = f"{report['weights']}    threshold {threshold['value']:.4g} ({threshold['source']})"
+    heading = (
+        f"{report['weights']}, selected on: {report['selected_on']}, "
+        f"threshold: {threshold['value']:.4g} ({threshold['source']})"
+    )
     write_png(contact_sheet(measurement.worst, len(rows), heading), folder / "scores.png")
 
 
