@@ -1,12 +1,13 @@
 """Any image file -> an RGB photograph and its field of view: the part of the frame that shows the retina."""
 
 import glob
+import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = frozenset((".tif", ".tiff", ".png", ".jpg", ".jpeg", ".gif", ".bmp", ".ppm", ".pgm", ".webp"))
 
@@ -18,6 +19,7 @@ SAME_COLOUR = 16  # levels of 255 by which the corners of one border may differ
 DARK = 40  # levels; surroundings up to this pass for black
 LEAST_CONTRAST = 10  # levels; what differs less from the border is border
 RAYS = 720
+RAY_STEP = 0.5  # pixels
 EDGE = 0.02  # of the largest radius: the contrast must jump within this of the edge, on either side
 
 
@@ -34,10 +36,11 @@ def read_photograph(path: str | Path) -> np.ndarray:
         PhotographError: no such file, no image, a damaged one, or one of more than about 180 megapixels.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            # Pillow warns from 90 megapixels on, and refuses from 180.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata, and from 90 megapixels on; it refuses from 180.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                return np.array(_to_rgb(ImageOps.exif_transpose(image)))
     except FileNotFoundError as error:
         raise PhotographError(f"{path}: no such file; give the path of a photograph") from error
     except UnidentifiedImageError as error:
@@ -75,7 +78,7 @@ def list_photographs(names: Iterable[str | Path]) -> list[Path]:
     Raises:
         PhotographError: a name stands for no file at all.
     """
-    photographs: dict[Path, None] = {}
+    photographs: dict[str, Path] = {}
     for name in names:
         path = Path(name)
         matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]
@@ -85,8 +88,8 @@ def list_photographs(names: Iterable[str | Path]) -> list[Path]:
         if not found:
             endings = ", ".join(sorted(IMAGE_SUFFIXES))
             raise PhotographError(f"{name}: no photographs there; looked for files that end in {endings}")
-        photographs |= dict.fromkeys(found)
-    return list(photographs)
+        photographs |= {os.path.abspath(file): file for file in found}
+    return list(photographs.values())
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -128,10 +131,9 @@ def find_field_of_view(photograph: np.ndarray) -> np.ndarray:
     outline = _find_outline(small)
     if outline is None:
         return whole
-    canvas = Image.new("1", (width, height))
-    corners = outline * (width / size[0], height / size[1]) - 0.5  # from edges at whole numbers to pixel centres
-    ImageDraw.Draw(canvas).polygon([tuple(corner) for corner in corners.tolist()], fill=1)
-    return np.array(canvas)
+    x, y = ((np.arange(length) + 0.5) / length * side for length, side in zip((width, height), size, strict=True))
+    top, bottom = (np.interp(x, *chain.T, left=np.nan, right=np.nan) for chain in outline)  # [W]
+    return (y[:, None] >= top) & (y[:, None] <= bottom)
 
 
 def blacken_bright_surroundings(photograph: np.ndarray, field_of_view: np.ndarray) -> np.ndarray:
@@ -148,8 +150,11 @@ def blacken_bright_surroundings(photograph: np.ndarray, field_of_view: np.ndarra
     return np.where(np.array(inner)[:, :, None] > 0, photograph, 0).astype(np.uint8)
 
 
-def _find_outline(photograph: np.ndarray) -> np.ndarray | None:
-    """Corners (x, y) [n, 2] of the field of view, where pixel i reaches from i to i + 1; None if it fills the frame."""
+def _find_outline(photograph: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """The upper and lower edge of the field of view, points (x, y) [n, 2] from left to right; None if there is none.
+
+    Pixel i reaches from i to i + 1.
+    """
     border = _border_colour(photograph)
     if border is None:
         return None
@@ -157,13 +162,14 @@ def _find_outline(photograph: np.ndarray) -> np.ndarray | None:
     lit = contrast[contrast > LEAST_CONTRAST]
     if lit.size < 0.05 * contrast.size:
         return None
-    threshold = max(LEAST_CONTRAST, 0.3 * np.median(lit))
+    threshold = max(LEAST_CONTRAST, 0.25 * np.median(lit))
     foreground = contrast > threshold
     rows, columns = np.nonzero(foreground)
-    centre = np.median(columns) + 0.5, np.median(rows) + 0.5
+    centre = np.array([np.median(columns), np.median(rows)]) + 0.5
+    farthest = np.hypot(*np.maximum(centre, foreground.shape[::-1] - centre))
     angles = np.arange(RAYS) * (2 * np.pi / RAYS)
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)  # [R, 2]
-    radii = np.arange(np.hypot(*foreground.shape))  # [S]
+    radii = np.arange(0, farthest, RAY_STEP)  # [S]
     points = np.floor(centre + radii[:, None] * directions[:, None]).astype(int)  # [R, S, 2]
     in_frame = ((points >= 0) & (points < (foreground.shape[1], foreground.shape[0]))).all(axis=2)  # [R, S]
     samples = points[..., 1].clip(0, foreground.shape[0] - 1), points[..., 0].clip(0, foreground.shape[1] - 1)
@@ -178,7 +184,7 @@ def _find_outline(photograph: np.ndarray) -> np.ndarray | None:
         return None
     reach = np.where(free, reach, np.inf)
     reach = np.minimum(_running_median(reach), frame + 1)  # text or a tab at the rim is narrow
-    return _convex_hull(np.array(centre) + (reach[:, None] + 0.5) * directions)
+    return _convex_hull(centre + (reach[:, None] + 0.5) * RAY_STEP * directions)
 
 
 def _border_colour(photograph: np.ndarray) -> np.ndarray | None:
@@ -214,8 +220,8 @@ def _running_median(values: np.ndarray, width: int = 9) -> np.ndarray:
     return np.median(np.lib.stride_tricks.sliding_window_view(around, width), axis=1)
 
 
-def _convex_hull(points: np.ndarray) -> np.ndarray:
-    """The corners [n, 2] of the convex hull (Andrew's monotone chain, 1979)."""
+def _convex_hull(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The edges of least and of largest y of the convex hull, [n, 2] each (A. Andrew's monotone chain, 1979)."""
 
     def chain(ordered: Iterable[list[float]]) -> list[list[float]]:
         corners: list[list[float]] = []
@@ -226,7 +232,7 @@ def _convex_hull(points: np.ndarray) -> np.ndarray:
                     break
                 corners.pop()
             corners.append([x, y])
-        return corners[:-1]
+        return corners
 
     ordered = sorted(points.tolist())
-    return np.array(chain(ordered) + chain(reversed(ordered)))
+    return np.array(chain(ordered)), np.array(chain(reversed(ordered))[::-1])

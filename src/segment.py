@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 SMALLEST_SIDE = 16  # pixels that the U-Net needs
+GRID = 32  # pixels: tiles that begin at multiples of this are pooled at the same places as the whole picture
 SAME_SCALE = 0.05
 LARGEST_SCALE = 4.0
 
@@ -93,7 +94,7 @@ def _tile_for_memory(model: nn.Module, height: int, width: int, batch_size: int)
     pixel = BYTES_PER_PIXEL_AND_CHANNEL * channels * batch_size
     if height * width * pixel <= LARGEST_WHOLE:
         return max(height, width)
-    return max(math.isqrt(LARGEST_TILES // pixel) // SMALLEST_SIDE * SMALLEST_SIDE, SMALLEST_TILE)
+    return max(math.isqrt(LARGEST_TILES // pixel) // GRID * GRID, SMALLEST_TILE)
 
 
 def _blend(
@@ -124,12 +125,13 @@ def _blend(
 
 def _overlapping_spans(length: int, tile: int) -> list[tuple[slice, Tensor]]:
     """Where the tiles lie along one side of a picture, with their shares [span] in it, which add up to 1 everywhere."""
-    if length < tile + SMALLEST_SIDE:  # the last of several tiles may be larger by as much
+    if length < tile + GRID:  # the last of several tiles may be larger by as much
         return [(slice(0, length), torch.ones(length, dtype=torch.float64))]
     overlap = tile // 4
-    count = math.ceil((length - overlap) / (tile - overlap))
-    # At multiples of 16 the U-Net's four poolings meet the same pixels as in the whole picture.
-    starts = [i * (length - tile) // (count - 1) // SMALLEST_SIDE * SMALLEST_SIDE for i in range(count)]
+    step = max((tile - overlap) // GRID, 1) * GRID
+    last = (length - tile) // GRID * GRID
+    count = math.ceil(last / step) + 1
+    starts = [i * last // (count - 1) // GRID * GRID for i in range(count)]
     spans = [slice(start, start + tile) for start in starts[:-1]] + [slice(starts[-1], length)]
     shares = torch.zeros(count, length, dtype=torch.float64)
     for share, span in zip(shares, spans, strict=True):

@@ -1,0 +1,229 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms.v2 import functional as F
+
+from my_dataset import DRIVE_MEAN, DRIVE_STD
+from src import create_model
+from src import segment as segment_module
+from src.segment import match_scale, normalise, segment
+from transforms import get_transform
+
+
+class Pixelwise(nn.Module):
+    """A model that looks at each pixel alone, and remembers the shapes that it was given."""
+
+    def __init__(self, classes=2):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(classes, 3, 1, 1, generator=generator))
+        self.shapes = []
+        self.eval()
+
+    def forward(self, x):
+        self.shapes.append(tuple(x.shape))
+        return {"out": nn.functional.conv2d(x, self.weight)}
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    model = create_model(base_c=4).eval()
+    with torch.no_grad():
+        model(torch.randn(2, 3, 64, 64))
+    return model
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def smooth(height, width):
+    return np.array(Image.fromarray(noise(4, 5)).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def run(model, photograph, **options):
+    return segment(model, photograph, DRIVE_MEAN, DRIVE_STD, **options)
+
+
+def test_normalise_is_the_evaluation_preset():
+    photograph = noise(50, 37)
+    label = Image.fromarray(np.zeros((50, 37), np.uint8))
+    expected, _ = get_transform(False, DRIVE_MEAN, DRIVE_STD)(Image.fromarray(photograph), label)
+    assert torch.equal(normalise(photograph, DRIVE_MEAN, DRIVE_STD), expected)
+
+
+def test_plain_prediction_is_the_models(unet):
+    photograph = noise(61, 90)
+    logits = unet(normalise(photograph, DRIVE_MEAN, DRIVE_STD)[None])["out"][0].detach()
+    vessels = run(unet, photograph)
+    assert vessels.shape == (1, 61, 90) and vessels.dtype == torch.float64
+    torch.testing.assert_close(vessels[0], logits.softmax(0)[1].double())
+    assert torch.equal(vessels[0] > 0.5, logits.argmax(0) == 1)
+
+
+def test_half_separates_as_argmax_does_to_the_last_bit():
+    base = torch.linspace(-30, 30, 40 * 40).reshape(40, 40)
+    above, below = (base.nextafter(torch.tensor(float(side))) for side in (99, -99))
+    kind = torch.arange(40 * 40).reshape(40, 40) % 3
+
+    class Close(Pixelwise):
+        def forward(self, x):
+            return {"out": torch.stack([base, base.where(kind == 0, above.where(kind == 1, below))])[None]}
+
+    logits = Close()(torch.zeros(1, 3, 40, 40))["out"][0]
+    expected = logits.argmax(0) == 1
+    assert torch.equal(expected, kind == 1)
+    assert torch.equal(run(Close(), noise(40, 40))[0] > 0.5, expected)
+
+
+def test_more_classes():
+    model = Pixelwise(classes=4)
+    probabilities = run(model, noise(20, 30))
+    logits = model(normalise(noise(20, 30), DRIVE_MEAN, DRIVE_STD)[None])["out"][0].detach()
+    torch.testing.assert_close(probabilities, logits.double().softmax(0)[1:])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (15, 40), (16, 16)])
+def test_small_pictures(unet, size):
+    probabilities = run(unet, noise(*size))
+    assert probabilities.shape == (1, *size) and probabilities.isfinite().all()
+    assert run(unet, noise(*size), scale=0.3, flips=True, tile=64).shape == (1, *size)
+
+
+def test_only_in_eval_mode(unet):
+    with pytest.raises(AssertionError):
+        run(create_model(base_c=4).train(), noise(32, 32))
+
+
+# ---- scale
+
+
+def test_match_scale():
+    assert match_scale(1080, 540) == 0.5
+    assert match_scale(270, 540) == 2
+    assert all(match_scale(diameter, 540) == 1 for diameter in (520, 536, 540, 541, 560))
+    assert match_scale(600, 540) == 0.9
+    assert match_scale(10, 540) == 4  # no further
+    assert match_scale(0, 540) == 1  # no field of view
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.37, 2.0])
+def test_scale(scale):
+    model, photograph = Pixelwise(), smooth(120, 150)
+    probabilities = run(model, photograph, scale=scale)
+    assert probabilities.shape == (1, 120, 150)
+    assert model.shapes == [(1, 3, round(120 * scale), round(150 * scale))]
+    torch.testing.assert_close(probabilities, run(model, photograph), atol=0.06, rtol=0)  # back in its place
+
+
+def test_scale_resizes_the_photograph_as_training_does_and_the_probabilities_back(unet):
+    photograph = noise(64, 96)
+    small = F.resize(Image.fromarray(photograph), [32, 48], F.InterpolationMode.BILINEAR)
+    logits = unet(normalise(np.array(small), DRIVE_MEAN, DRIVE_STD)[None])["out"].detach()
+    expected = nn.functional.interpolate(logits.softmax(1)[:, 1:], (64, 96), mode="bilinear")[0]
+    torch.testing.assert_close(run(unet, photograph, scale=0.5), expected.double(), atol=1e-6, rtol=0)
+
+
+# ---- tiles, flips, batches
+
+
+@pytest.mark.parametrize("length", [64, 95, 96, 97, 200, 513, 1000])
+@pytest.mark.parametrize("tile", [64, 100, 512])
+def test_tiles_cover_a_side_and_share_every_pixel(length, tile):
+    spans = segment_module._overlapping_spans(length, tile)
+    total = torch.zeros(length, dtype=torch.float64)
+    for span, share in spans:
+        assert span.start % 32 == 0 and span.stop - span.start == len(share) < tile + 32
+        assert (share >= 0).all()
+        total[span] += share
+    torch.testing.assert_close(total, torch.ones_like(total))
+    for (before, _), (after, share) in zip(spans, spans[1:], strict=False):
+        assert before.stop - after.start >= tile // 4
+        assert share[0] < 0.01  # what a tile says at its rim hardly counts
+    if length <= tile:
+        assert len(spans) == 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 333), (333, 70), (129, 127)])
+@pytest.mark.parametrize("options", [{"tile": 64}, {"tile": 64, "batch_size": 7, "flips": True}, {"tile": 90}])
+def test_tiles_are_put_together_in_their_places(size, options):
+    model, photograph = Pixelwise(classes=3), noise(*size)
+    torch.testing.assert_close(run(model, photograph, **options), run(model, photograph), atol=1e-6, rtol=0)
+
+
+def test_tiles_hardly_change_the_prediction(unet):
+    photograph = smooth(300, 340)
+    whole = run(unet, photograph)
+    difference = (run(unet, photograph, tile=160) - whole).abs()
+    spread = whole.max() - whole.min()
+    assert 0 < difference.max() < 0.25 * spread and difference.mean() < 0.02 * spread
+
+
+def test_flips_are_averaged(unet):
+    photograph = noise(48, 60)
+    plain, left_right, top_bottom, both = (
+        np.ascontiguousarray(photograph[::rows, ::columns]) for rows, columns in ((1, 1), (1, -1), (-1, 1), (-1, -1))
+    )
+    expected = (
+        run(unet, plain)
+        + run(unet, left_right).flip(-1)
+        + run(unet, top_bottom).flip(-2)
+        + run(unet, both).flip(-1, -2)
+    ) / 4
+    torch.testing.assert_close(run(unet, photograph, flips=True), expected)
+    assert not torch.allclose(expected, run(unet, photograph))
+    torch.testing.assert_close(run(unet, photograph, flips=True, batch_size=3), expected, atol=1e-6, rtol=0)
+
+
+def test_batches():
+    model = Pixelwise()
+    run(model, noise(64, 64))
+    run(model, noise(64, 64), flips=True, batch_size=3)
+    assert [shape[0] for shape in model.shapes] == [1, 3, 1]
+    model.shapes.clear()
+    run(model, noise(224, 224), tile=128, batch_size=2)  # 2 x 2 tiles of 128 pixels, at 0 and 96
+    assert model.shapes == [(2, 3, 128, 128)] * 2
+
+
+def test_large_photographs_are_cut_into_tiles_and_others_are_not():
+    def tile(height, width, base_c, batch_size=1):
+        return segment_module._tile_for_memory(create_model(base_c=base_c), height, width, batch_size)
+
+    assert tile(584, 565, 32) == 584 and tile(960, 999, 32) == 999
+    assert tile(2336, 3504, 8) < 3504
+    for base_c, batch_size in ((32, 1), (64, 1), (32, 4)):
+        side = tile(2336, 3504, base_c, batch_size)
+        assert 200 < side < 1100 and side % 32 == 0
+        assert side**2 * base_c * batch_size * 43 <= 2**30
+
+
+def test_memory_decides_on_tiles(monkeypatch):
+    model, photograph = Pixelwise(), noise(300, 300)
+    monkeypatch.setattr(segment_module, "LARGEST_WHOLE", 300 * 300 * 2 * 43)
+    run(model, photograph)
+    assert model.shapes == [(1, 3, 300, 300)]
+    monkeypatch.setattr(segment_module, "LARGEST_WHOLE", 300 * 300 * 2 * 43 - 1)
+    monkeypatch.setattr(segment_module, "LARGEST_TILES", 160 * 160 * 2 * 43)
+    tiled = run(model, photograph)
+    assert model.shapes[1:] and all(max(shape) < 192 for shape in model.shapes[1:])
+    torch.testing.assert_close(tiled, run(model, photograph, tile=300))
+    monkeypatch.setattr(segment_module, "LARGEST_TILES", 1)
+    model.shapes.clear()
+    run(model, photograph)
+    assert min(min(shape[2:]) for shape in model.shapes) >= 128
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("amp", [False, True])
+def test_on_a_gpu(unet, amp):
+    photograph = smooth(300, 340)
+    expected = run(unet, photograph, tile=160)
+    on_gpu = create_model(base_c=4).cuda().eval()
+    on_gpu.load_state_dict(unet.state_dict())
+    found = run(on_gpu, photograph, tile=160, batch_size=2, amp=amp)
+    assert found.device.type == "cpu" and found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, atol=0.02 if amp else 0.002, rtol=0)
