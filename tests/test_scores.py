@@ -380,6 +380,12 @@ def test_training_without_test_labels(drive, working_directory, capsys):
     small_run(drive)
     assert "holds no labels, so best_model.pth is not scored" in capsys.readouterr().out
     assert Path("curves.png").exists() and not Path("scores.json").exists()
+    assert "threshold" not in load_checkpoint("best_model.pth")
+
+    small_run(drive, "--threshold", "auto")
+    value = load_checkpoint("best_model.pth")["threshold"]
+    line = f"threshold: {value:.4g} (auto: best Dice on held-out training (23, 24, 25, 26) photographs), stored in"
+    assert line in capsys.readouterr().out
 
 
 def test_the_best_of_all_epochs_is_scored(shared_drive, working_directory):

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from my_dataset import DatasetError, DriveDataset, find_drive, has_test_labels
-from transforms import get_transform
+from transforms import SegmentationPresetEval, get_transform
 
 from .checkpoint import BEST_MODEL, LAST_MODEL, Checkpoint, add_to_checkpoint, build_model, load_checkpoint
 from .command_line import UsageError
@@ -70,27 +71,20 @@ def score_weights(path: str | Path, device: torch.device, args: argparse.Namespa
             f"{_test_labels(args)}: no labels of the test photographs there (the official download has none), so "
             "nothing can be scored; put the NN_manual1.gif files there"
         )
-    # The main process alone reads it: the other machines of a run may not see the file.
-    checkpoint = broadcast_object(_without_training_state(load_checkpoint(path)) if is_main_process() else None)
-    model = build_model(checkpoint, device)
-    transform = get_transform(False, checkpoint["mean"], checkpoint["std"])
-    threshold = Threshold(args.threshold, "--threshold")
-    if args.threshold == "auto":
-        chosen_on = _training_photographs(checkpoint, args, transform)
-        threshold = Threshold(
-            best_threshold(model, chosen_on, device), f"auto: best Dice on {chosen_on.describe()} photographs"
-        )
-    measurement = measure(model, DriveDataset(args.data_path, False, transform), device, threshold.value)
+    model, checkpoint = _load_in_all_processes(path, device)
+    threshold = _settle_threshold(model, checkpoint, device, args)
+    test_photographs = DriveDataset(args.data_path, False, _transform(checkpoint))
+    measurement = measure(model, test_photographs, device, threshold.value)
     if is_main_process():
         report = make_report(measurement, checkpoint, threshold)
         write_report(report, measurement, Path(args.output_dir))
-        if args.threshold == "auto":
-            add_to_checkpoint(path, threshold=threshold.value)
         print(format_report(report, measurement), flush=True)
 
 
 def conclude_training(device: torch.device, args: argparse.Namespace) -> None:
-    """After training: draw its curves, and score the best weights on the test photographs, where these have labels.
+    """After training: draw its curves, and score the best weights on the test photographs.
+
+    Where these have no labels, the threshold is chosen and stored all the same, with `args.threshold` "auto".
 
     Raises:
         As `score_weights`.
@@ -102,17 +96,23 @@ def conclude_training(device: torch.device, args: argparse.Namespace) -> None:
             write_png(curves(history, checkpoint.get("selected_on", "validation")), Path(args.output_dir, "curves.png"))
             best = _best_weights(history, args)
     best = broadcast_object(best)
-    if best is not None:
+    if best is None:
+        return
+    if has_test_labels(args.data_path):
         score_weights(best, device, args)
+        return
+    if is_main_process():
+        print(f"{_test_labels(args)} holds no labels, so {best} is not scored on the test photographs")
+    if args.threshold == "auto":
+        threshold = _settle_threshold(*_load_in_all_processes(best, device), device, args)
+        if is_main_process():
+            print(f"threshold: {threshold.value:.4g} ({threshold.source}), stored in {best}")
 
 
 def _best_weights(history: Sequence[Row], args: argparse.Namespace) -> Path | None:
-    """The file of the best weights, or None where these cannot be scored."""
+    """The file of the best weights, or None where this run wrote none."""
     best_epoch = max(history, key=lambda row: row["dice"])["epoch"]
     best = Path(args.output_dir, BEST_MODEL if args.save_best else f"model_{best_epoch}.pth")
-    if not has_test_labels(args.data_path):
-        print(f"{_test_labels(args)} holds no labels, so {best} is not scored on the test photographs")
-        return None
     if not best.exists():
         print(f"{best}: not written by this run, so nothing is scored")
         return None
@@ -123,14 +123,35 @@ def _test_labels(args: argparse.Namespace) -> Path:
     return find_drive(args.data_path) / "test" / "1st_manual"
 
 
-def _without_training_state(checkpoint: Checkpoint) -> Checkpoint:
-    return {name: value for name, value in checkpoint.items() if name not in ("optimizer", "lr_scheduler", "history")}
+def _load_in_all_processes(path: str | Path, device: torch.device) -> tuple[nn.Module, Checkpoint]:
+    # The main process alone reads the file: the other machines of a run may not see it.
+    checkpoint = None
+    if is_main_process():
+        training_state = ("optimizer", "lr_scheduler", "history")
+        checkpoint = {name: value for name, value in load_checkpoint(path).items() if name not in training_state}
+    checkpoint = broadcast_object(checkpoint)
+    return build_model(checkpoint, device), checkpoint
 
 
-def _training_photographs(checkpoint: Checkpoint, args: argparse.Namespace, transform: Any) -> DriveDataset:
-    """The photographs that the weights' own run held out of training; where it held out none, those it trained on."""
+def _transform(checkpoint: Checkpoint) -> SegmentationPresetEval:
+    return get_transform(False, checkpoint["mean"], checkpoint["std"])
+
+
+def _settle_threshold(
+    model: nn.Module, checkpoint: Checkpoint, device: torch.device, args: argparse.Namespace
+) -> Threshold:
+    """The threshold that the flag gives; or with "auto" the best one, which is then stored in the file of weights.
+
+    It is chosen on the photographs that the weights' own run held out; where it held out none, on those it trained on.
+    """
+    if args.threshold != "auto":
+        return Threshold(args.threshold, "--threshold")
     val_split = checkpoint["args"].get("val_split", args.val_split) or 0
-    return DriveDataset(args.data_path, train=not val_split, transforms=transform, val_split=val_split)
+    photographs = DriveDataset(args.data_path, not val_split, _transform(checkpoint), val_split=val_split)
+    value = best_threshold(model, photographs, device)
+    if is_main_process():
+        add_to_checkpoint(checkpoint["path"], threshold=value)
+    return Threshold(value, f"auto: best Dice on {photographs.describe()} photographs")
 
 
 def make_report(measurement: Measurement, checkpoint: Checkpoint, threshold: Threshold) -> dict[str, Any]:
