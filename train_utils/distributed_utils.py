@@ -5,12 +5,15 @@ Everything here works in a single process too, where there is no group.
 
 import argparse
 import os
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 
 class DistributedError(RuntimeError):
@@ -92,6 +95,26 @@ def _slurm_rank(args: argparse.Namespace) -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
+def _agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name for this start of the processes that none before it had.
+
+    When torchrun restarts its processes, they meet at the same store as before, and it still holds the addresses of the
+    dead ones; a process that reads such an address waits forever. So each process asks under a name of its own, rank 0
+    answers whatever it finds asked with the name of the attempt, and those that are alive acknowledge it.
+    """
+    own_name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asked by {rank}", own_name)
+        attempt = store.get(f"answer to {own_name}").decode()
+        store.add(f"joined {attempt}", 1)
+        return attempt
+    while store.add(f"joined {own_name}", 0) < world_size - 1:
+        for other in range(1, world_size):
+            store.set(f"answer to {store.get(f'asked by {other}').decode()}", own_name)
+        time.sleep(0.01)
+    return own_name
+
+
 def init_distributed_mode(args: argparse.Namespace) -> None:
     """Join the process group that torchrun or SLURM describes in the environment; started plainly, stay alone.
 
@@ -105,6 +128,11 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
         rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     elif "SLURM_PROCID" in os.environ:
         rank, world_size, local_rank = _slurm_rank(args)
+    elif args.world_size > 1:
+        raise DistributedError(
+            f"--world-size {args.world_size}: started as a single process; "
+            f"use torchrun --nproc_per_node={args.world_size}"
+        )
     else:
         rank, world_size, local_rank = 0, 1, 0
     use_cuda = torch.device(args.device).type == "cuda" and torch.cuda.is_available()
@@ -120,7 +148,16 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
             )
         torch.cuda.set_device(local_rank)
     if args.distributed:
-        dist.init_process_group(args.dist_backend, init_method=args.dist_url, world_size=world_size, rank=rank)
+        try:
+            store, rank, world_size = next(rendezvous(args.dist_url, rank, world_size))
+            attempt = dist.PrefixStore(_agree_on_attempt(store, rank, world_size), store)
+            dist.init_process_group(args.dist_backend, store=attempt, world_size=world_size, rank=rank)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DistributedError(
+                f"--dist-url {args.dist_url}: process {rank} of {world_size} cannot join the others ({reason}); "
+                "start them with torchrun, or set MASTER_ADDR and MASTER_PORT"
+            ) from error
 
 
 def leave_distributed_mode() -> None:

@@ -1,0 +1,51 @@
+"""Starting the scripts in several processes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing
+
+PROJECT = Path(__file__).parents[1]
+
+# The variables that torchrun or SLURM would set; a test must not inherit them.
+GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def clean_environment() -> dict[str, str]:
+    names = [name for name in os.environ if name in GROUP_VARIABLES or name.startswith(("TORCHELASTIC", "SLURM"))]
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    return environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+
+
+def torchrun(*arguments: Any, **options: Any) -> subprocess.Popen:
+    """Start `torchrun` with these arguments; its output is a pipe, errors included."""
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=clean_environment(), **pipes, **options)
+
+
+def _as_rank(rank: int, function: Callable, world_size: int, folder: str, arguments: Sequence[Any]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    with open(f"rank{rank}.txt", "w", buffering=1) as sys.stdout:
+        sys.stderr = sys.stdout
+        function(*arguments)
+
+
+def in_processes(function: Callable, world_size: int, folder: Path, *arguments: Any) -> list[str]:
+    """Call a function in processes of ranks 0 .. world_size - 1, working in `folder`; return what each printed.
+
+    A process that exits with another status than 0 does not fail the call: look for what it printed.
+    """
+    processes = torch.multiprocessing.start_processes(
+        _as_rank, (function, world_size, str(folder), arguments), world_size, join=False, start_method="spawn"
+    ).processes
+    for process in processes:
+        process.join(timeout=90)
+        assert process.exitcode is not None, "a process hangs"
+    return [(folder / f"rank{rank}.txt").read_text() for rank in range(world_size)]

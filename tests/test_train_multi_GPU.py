@@ -1,0 +1,302 @@
+import argparse
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+import train
+import train_multi_GPU
+from tests.conftest import SMALL_RUN
+from tests.processes import PROJECT, in_processes, torchrun
+from train_utils import distributed_utils, fit, load_checkpoint
+from train_utils.command_line import UsageError, run_script
+from train_utils.distributed_utils import DistributedError, init_distributed_mode
+
+SCRIPT = PROJECT / "train_multi_GPU.py"
+SMALL = [*SMALL_RUN, "--device", "cpu", "-j", "0"]
+
+
+def parse(data, *flags):
+    return train_multi_GPU.parse_args(["--data-path", str(data), *SMALL, *flags])
+
+
+def assert_same_state(first, second):
+    """Two checkpoints hold bit-identical weights, optimizer state, best Dice and results (but for the seconds)."""
+    for key in first["model"]:
+        assert torch.equal(first["model"][key], second["model"][key]), key
+    states = [checkpoint["optimizer"]["state"] for checkpoint in (first, second)]
+    assert states[0].keys() == states[1].keys()
+    for index in states[0]:
+        assert torch.equal(states[0][index]["momentum_buffer"], states[1][index]["momentum_buffer"])
+    assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
+    assert (first["epoch"], first["best_dice"]) == (second["epoch"], second["best_dice"])
+    rows = [[{**row, "seconds": 0} for row in checkpoint["history"]] for checkpoint in (first, second)]
+    assert rows[0] == rows[1]
+
+
+def test_defaults_and_both_spellings():
+    args = train_multi_GPU.parse_args([])
+    assert (args.workers, args.output_dir, args.sync_bn, args.test_only) == (4, "./multi_train", False, False)
+    assert (args.world_size, args.dist_url, args.batch_size, args.epochs) == (1, "env://", 4, 200)
+    assert train_multi_GPU.parse_args(["--sync_bn", "False"]).sync_bn is False
+    for flag in ("--sync_bn", "--sync-bn"):
+        assert train_multi_GPU.parse_args([flag]).sync_bn is True
+        assert train_multi_GPU.parse_args([flag, "True"]).sync_bn is True
+    assert train_multi_GPU.parse_args(["--no-sync-bn"]).sync_bn is False
+    for flag in ("--start_epoch", "--start-epoch"):
+        assert train_multi_GPU.parse_args([flag, "3"]).start_epoch == 3
+
+
+def test_started_plainly_it_does_what_train_does(shared_drive, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--data-path", str(shared_drive), *SMALL, "--epochs", "2", "-b", "2"]
+    train_multi_GPU.main(train_multi_GPU.parse_args(args))
+    train.main(train.parse_args(args))
+    assert_same_state(load_checkpoint("multi_train/last_model.pth"), load_checkpoint("save_weights/last_model.pth"))
+
+
+def test_sync_bn_without_a_gpu(shared_drive, working_directory):
+    with pytest.raises(UsageError, match="--sync-bn: .*GPUs alone"):
+        train_multi_GPU.main(parse(shared_drive, "--sync-bn"))
+
+
+def test_too_many_processes_say_which_flag_to_change():
+    args = argparse.Namespace(world_size=8, batch_size=4)
+    with pytest.raises(UsageError, match="--batch-size 4: 20 .* 8 processes are 3 for each.*--batch-size 3 or less"):
+        train_multi_GPU.require_a_step(20, args)
+    train_multi_GPU.require_a_step(20, argparse.Namespace(world_size=5, batch_size=4))
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What init_distributed_mode would have joined."""
+    calls = []
+    monkeypatch.setattr(
+        distributed_utils.dist,
+        "init_process_group",
+        lambda backend, store, rank, world_size: calls.append((backend, rank, world_size)),
+    )
+    monkeypatch.setattr(
+        distributed_utils, "rendezvous", lambda url, rank, world_size: iter([(HashStore(), rank, world_size)])
+    )
+    monkeypatch.setattr(distributed_utils, "_agree_on_attempt", lambda store, rank, world_size: "attempt")
+    for name in list(os.environ):
+        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") or name.startswith("SLURM"):
+            monkeypatch.delenv(name)
+    return calls
+
+
+def distributed_args(**more):
+    return argparse.Namespace(**{"device": "cpu", "world_size": 1, "dist_url": "env://"} | more)
+
+
+def test_started_plainly_there_is_no_group(joined):
+    args = distributed_args()
+    init_distributed_mode(args)
+    assert (args.distributed, args.rank, args.world_size, joined) == (False, 0, 1, [])
+    with pytest.raises(DistributedError, match="--world-size 4: .*torchrun --nproc_per_node=4"):
+        init_distributed_mode(distributed_args(world_size=4))
+
+
+def test_variables_of_torchrun(joined, monkeypatch):
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    args = distributed_args()
+    init_distributed_mode(args)
+    assert (args.distributed, args.rank, args.world_size, args.gpu) == (True, 5, 8, 1)
+    assert joined == [("gloo", 5, 8)]
+
+
+def test_variables_of_slurm(joined, monkeypatch):
+    for name, value in {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    args = distributed_args()
+    init_distributed_mode(args)
+    assert (args.rank, args.world_size, args.gpu) == (3, 4, 1)
+    assert joined == [("gloo", 3, 4)]
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+    monkeypatch.delenv("MASTER_ADDR")
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    with pytest.raises(DistributedError, match="MASTER_ADDR is not set; .*export MASTER_ADDR"):
+        init_distributed_mode(distributed_args())
+
+
+def test_processes_that_cannot_meet(monkeypatch, joined):
+    monkeypatch.undo()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(DistributedError, match="process 0 of 2 cannot join .*MASTER_ADDR"):
+        init_distributed_mode(distributed_args())
+
+
+def test_attempts_never_share_their_keys():
+    """Three starts at one store: each meets under a name of its own, whatever the ones before left behind."""
+    store, names = HashStore(), []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as processes:
+            joined = list(processes.map(lambda rank: distributed_utils._agree_on_attempt(store, rank, 3), range(3)))
+        assert len(set(joined)) == 1
+        names.append(joined[0])
+    assert len(set(names)) == 3
+
+
+def evaluate_and_train(meeting_point, data):
+    """In each process: evaluate a fresh model, then train it; keep what this process ends up with."""
+    args = parse(data, "--epochs", "2", "-b", "1", "--dist-url", meeting_point)
+    wrap, evaluate, seen = train_multi_GPU.wrap, fit.evaluate, {}
+
+    def remember(model, args):
+        seen["model"] = wrap(model, args)
+        return seen["model"]
+
+    def remember_scores(*arguments):
+        confusion_matrix, dice = evaluate(*arguments)
+        seen.setdefault("scores", []).append((confusion_matrix.mat.tolist(), dice))
+        return confusion_matrix, dice
+
+    train_multi_GPU.wrap, fit.evaluate = remember, remember_scores
+    train_multi_GPU.main(args)
+    state = {name.removeprefix("module."): value for name, value in seen["model"].state_dict().items()}
+    torch.save({"model": state, "scores": seen["scores"]}, f"rank{args.rank}.pth")
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_agree_and_validation_is_exact(shared_drive, tmp_path, world_size):
+    in_processes(evaluate_and_train, world_size, tmp_path, f"file://{tmp_path}/meet", shared_drive)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pth") for rank in range(world_size)]
+    for other in ranks[1:]:
+        assert other["scores"] == ranks[0]["scores"]
+        for name, value in ranks[0]["model"].items():
+            assert torch.equal(value, other["model"][name]), name
+    # The same weights in this one process: each of the 4 photographs counted once, whatever the shards.
+    args = parse(shared_drive)
+    _, data = fit.open_datasets(args)
+    model = train.create_model(base_c=4)
+    model.load_state_dict(ranks[0]["model"])
+    loader = train.evaluation_loader(data, 0, pin_memory=False)
+    confusion_matrix, dice = fit.evaluate(model, loader, torch.device("cpu"), 2)
+    matrix, distributed_dice = ranks[0]["scores"][-1]
+    assert matrix == confusion_matrix.mat.tolist()
+    assert distributed_dice == pytest.approx(dice, abs=1e-6)
+
+
+def train_with_a_nan_on_rank_1(meeting_point, data):
+    args = parse(data, "--epochs", "50", "-b", "1", "--print-freq", "2", "--dist-url", meeting_point)
+    original = train_multi_GPU.training_loader
+
+    def poisoned(*arguments, **kwargs):
+        loader = original(*arguments, **kwargs)
+        if args.rank == 1:
+            collate = loader.collate_fn
+            loader.collate_fn = lambda batch: (collate(batch)[0] * float("nan"), collate(batch)[1])
+        return loader
+
+    train_multi_GPU.training_loader = poisoned
+    try:
+        run_script(train_multi_GPU.main, args)
+    finally:
+        Path(f"stopped{args.rank}").touch()
+
+
+def test_a_nan_on_one_rank_stops_all(shared_drive, tmp_path):
+    printed = in_processes(train_with_a_nan_on_rank_1, 2, tmp_path, f"file://{tmp_path}/meet", shared_drive)
+    assert (tmp_path / "stopped0").exists() and (tmp_path / "stopped1").exists()
+    assert "".join(printed).count("the training loss became nan") == 1
+    assert not list(tmp_path.glob("multi_train/*.pth"))
+
+
+def test_torchrun_ends_when_one_rank_fails(shared_drive, tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text(
+        "import os, train_multi_GPU\n"
+        "def broken(*args, **kwargs):\n"
+        "    raise RuntimeError('a fault of ours')\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    train_multi_GPU.fit = broken\n"
+        "train_multi_GPU.main(train_multi_GPU.parse_args())\n"
+    )
+    flags = ["--data-path", shared_drive, *SMALL, "--epochs", 1000, "-b", 1]
+    process = torchrun("--standalone", "--nproc_per_node=2", script, *flags, cwd=tmp_path)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode != 0 and "a fault of ours" in output
+
+
+def children(pid):
+    """The processes that this one started, oldest first."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(entry.parent.name))
+    return sorted(found)
+
+
+def run_torchrun(data, folder, *flags, kill_in=(), workers=0):
+    """Train with 2 processes; SIGKILL one of them when a progress line of the given epochs appears."""
+    folder.mkdir()
+    flags = ["--data-path", data, *SMALL, "-b", 1, "-j", workers, "--resume", "auto", *flags]
+    process = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3", SCRIPT, *flags, cwd=folder)
+    output, waiting = [], list(kill_in)
+    for line in process.stdout:
+        output.append(line)
+        if waiting and line.startswith(f"Epoch: [{waiting[0]}]  [1/"):
+            os.kill(children(process.pid)[len(waiting) % 2], signal.SIGKILL)
+            waiting.pop(0)
+    process.wait(timeout=60)
+    assert process.returncode == 0 and not waiting, "".join(output)
+    return load_checkpoint(folder / "multi_train" / "last_model.pth"), "".join(output)
+
+
+def test_a_killed_rank_restarts_and_ends_in_the_same_weights(shared_drive, tmp_path):
+    undisturbed, _ = run_torchrun(shared_drive, tmp_path / "undisturbed", "--epochs", 6)
+    killed, output = run_torchrun(shared_drive, tmp_path / "killed", "--epochs", 6, kill_in=[3], workers=2)
+    assert "after epoch 2" in output
+    assert_same_state(undisturbed, killed)
+    (table,) = (tmp_path / "killed").glob("results*.csv")
+    assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["epoch", *"012345"]
+
+
+@pytest.mark.slow
+def test_two_machines(shared_drive, tmp_path):
+    """The README's --nnodes line, with both agents on this machine."""
+    meeting = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:29417"]
+    agents = []
+    for node in range(2):
+        folder = tmp_path / str(node)
+        folder.mkdir()
+        flags = ["--data-path", shared_drive, *SMALL, "--epochs", 2, "-b", 1]
+        agents.append(torchrun(*meeting, SCRIPT, *flags, cwd=folder))
+    for agent in agents:
+        output, _ = agent.communicate(timeout=120)
+        assert agent.returncode == 0, output
+    written = [path for node in range(2) for path in (tmp_path / str(node)).rglob("*.pth")]
+    assert len({path.parts[-3] for path in written}) == 1  # only the main process writes
+    assert load_checkpoint(written[0])["args"]["world_size"] == 2
+
+
+def test_test_only_prints_the_scores(shared_drive, working_directory, capsys):
+    train_multi_GPU.main(parse(shared_drive, "--epochs", "1"))
+    text = next(Path().glob("results*.txt")).read_text()
+    capsys.readouterr()
+    train_multi_GPU.main(parse(shared_drive, "--test-only", "--resume", "multi_train/last_model.pth"))
+    output = capsys.readouterr().out
+    assert all(line in output for line in text.splitlines()[3:8])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nccl_and_amp_in_one_process(shared_drive, tmp_path):
+    flags = ["--data-path", shared_drive, *SMALL_RUN, "--epochs", 3, "--amp", "--sync-bn"]
+    process = torchrun("--standalone", "--nproc_per_node=1", SCRIPT, *flags, cwd=tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    checkpoint = load_checkpoint(tmp_path / "multi_train" / "last_model.pth")
+    assert checkpoint["args"]["dist_backend"] == "nccl" and checkpoint["scaler"]
