@@ -1,10 +1,10 @@
 """clDice: how well the centre lines of the vessels, and so their connections, agree.
 
 Source: S. Shit et al., "clDice - a Novel Topology-Preserving Loss Function for Tubular Structure Segmentation",
-CVPR 2021. The paper leaves the skeleton of a yes/no mask open (its soft skeleton is a stand-in that has a gradient) and
-its authors' code thins by Zhang and Suen's rule, which deletes small blobs without a trace. Here the skeleton is the
-thinning of Z. Guo and R. W. Hall, "Parallel thinning with two-subiteration algorithms", Comm. ACM 32(3), 1989, which
-keeps every component and every hole.
+CVPR 2021. The paper leaves the skeleton of a yes/no mask open (its soft skeleton is a stand-in that has a gradient).
+Here it is the thinning of Z. Guo and R. W. Hall, "Parallel thinning with two-subiteration algorithms", Comm. ACM 32(3),
+1989, which keeps every component and every hole; the better known rule of Zhang and Suen (1984) deletes squares of
+2 x 2 pixels without a trace.
 """
 
 import numpy as np
