@@ -137,12 +137,16 @@ def find_field_of_view(photograph: np.ndarray) -> np.ndarray:
 
 
 def blacken_bright_surroundings(photograph: np.ndarray, field_of_view: np.ndarray) -> np.ndarray:
-    """A photograph, uint8 [H, W, 3], with black around its field of view, bool [H, W], where it was bright.
+    """A photograph, uint8 [H, W, 3], with black around its field of view, bool [H, W], if there was one bright colour.
 
-    Training photographs are black there, and next to white a model misses vessels. Dark surroundings stay as they are.
+    Training photographs are black there, and next to white a model misses vessels. Dark surroundings stay as they are,
+    and so does the retina around a mask of a part of it.
     """
-    surroundings = photograph[~field_of_view]
-    if len(surroundings) == 0 or np.median(surroundings.max(axis=1)) <= DARK:
+    surroundings = photograph[~field_of_view]  # [pixels, 3]
+    if len(surroundings) == 0:
+        return photograph
+    colour = np.median(surroundings, axis=0)
+    if colour.max() <= DARK or np.percentile(np.abs(surroundings - colour).max(axis=1), 75) > SAME_COLOUR:
         return photograph
     # At the rim the two mix, over more pixels in a larger photograph.
     rim = 1 + round(field_of_view_diameter(field_of_view) / 500)
@@ -179,7 +183,7 @@ def _find_outline(photograph: np.ndarray) -> tuple[np.ndarray, np.ndarray] | Non
     reach = votes.cumsum(axis=1).argmax(axis=1)  # [R], index of the last sample inside
     frame = in_frame.sum(axis=1) - 1  # [R], index of the last sample in the frame
     margin = max(2, round(EDGE * reach.max()))
-    free = reach < frame - margin  # rays that meet the border before the frame
+    free = reach < frame  # rays that meet the border before the frame
     if free.mean() < 0.02 or not _is_mask(contrast[samples][free], reach[free], frame[free], margin, np.median(lit)):
         return None
     reach = np.where(free, reach, np.inf)
@@ -210,7 +214,7 @@ def _is_mask(contrast: np.ndarray, reach: np.ndarray, frame: np.ndarray, margin:
     The limits lie between the DRIVE photographs (0.64 and more; 0.05 and less) and cuttings of them (0.1 and more).
     """
     rays, steps = np.arange(len(reach)), np.arange(contrast.shape[1])
-    jump = contrast[rays, (reach - margin).clip(min=0)] - contrast[rays, reach + margin]
+    jump = contrast[rays, (reach - margin).clip(min=0)] - contrast[rays, np.minimum(reach + margin, frame)]
     outside = contrast[(steps >= reach[:, None] + margin) & (steps <= frame[:, None])]
     return bool(np.median(jump) > 0.45 * typical and np.median(outside) < 0.08 * typical)
 

@@ -80,21 +80,22 @@ def segment(
         size = max(1, round(width * scale)), max(1, round(height * scale))
         # As the training preset resizes.
         photograph = np.array(Image.fromarray(photograph).resize(size, Image.Resampling.BILINEAR))
+    turns = FLIPS if flips else FLIPS[:1]
     if tile is None:
-        tile = _tile_for_memory(model, *photograph.shape[:2], batch_size)
+        tile = _tile_for_memory(model, *photograph.shape[:2], len(turns), batch_size)
 
-    probabilities = _blend(model, photograph, mean, std, tile, FLIPS if flips else FLIPS[:1], batch_size, amp)
+    probabilities = _blend(model, photograph, mean, std, tile, turns, batch_size, amp)
     if scale != 1:
         probabilities = F.interpolate(probabilities[None], (height, width), mode="bilinear", antialias=True)[0]
     return probabilities
 
 
-def _tile_for_memory(model: nn.Module, height: int, width: int, batch_size: int) -> int:
+def _tile_for_memory(model: nn.Module, height: int, width: int, flips: int, batch_size: int) -> int:
     channels = next(model.parameters()).shape[0]  # of the first convolution
-    pixel = BYTES_PER_PIXEL_AND_CHANNEL * channels * batch_size
-    if height * width * pixel <= LARGEST_WHOLE:
+    pixel = BYTES_PER_PIXEL_AND_CHANNEL * channels
+    if min(flips, batch_size) * height * width * pixel <= LARGEST_WHOLE:
         return max(height, width)
-    return max(math.isqrt(LARGEST_TILES // pixel) // GRID * GRID, SMALLEST_TILE)
+    return max(math.isqrt(LARGEST_TILES // (batch_size * pixel)) // GRID * GRID, SMALLEST_TILE)
 
 
 def _blend(
@@ -103,13 +104,13 @@ def _blend(
     mean: Sequence[float],
     std: Sequence[float],
     tile: int,
-    flips: Sequence[tuple[int, ...]],
+    turns: Sequence[tuple[int, ...]],
     batch_size: int,
     amp: bool,
 ) -> Tensor:
     rows, columns = (_overlapping_spans(length, tile) for length in photograph.shape[:2])
     blended = None
-    for views in _batches(rows, columns, flips, batch_size):
+    for views in _batches(rows, columns, turns, batch_size):
         images = [
             normalise(photograph[rows[row][0], columns[column][0]], mean, std).flip(flip) for row, column, flip in views
         ]
@@ -120,7 +121,7 @@ def _blend(
             (vertical, row_weight), (horizontal, column_weight) = rows[row], columns[column]
             weighted = probability.flip(flip) * row_weight[:, None] * column_weight
             blended[:, vertical, horizontal] += weighted
-    return blended / len(flips)
+    return blended / len(turns)
 
 
 def _overlapping_spans(length: int, tile: int) -> list[tuple[slice, Tensor]]:
@@ -143,13 +144,13 @@ def _overlapping_spans(length: int, tile: int) -> list[tuple[slice, Tensor]]:
     return [(span, share[span]) for share, span in zip(shares, spans, strict=True)]
 
 
-def _batches(rows: list, columns: list, flips: Sequence[tuple[int, ...]], batch_size: int) -> Iterator[list[View]]:
+def _batches(rows: list, columns: list, turns: Sequence[tuple[int, ...]], batch_size: int) -> Iterator[list[View]]:
     """All tiles in all flips, in batches of one shape."""
 
     def shape(view: View) -> tuple[int, int]:
         return len(rows[view[0]][1]), len(columns[view[1]][1])
 
-    views = sorted(itertools.product(range(len(rows)), range(len(columns)), flips), key=shape)
+    views = sorted(itertools.product(range(len(rows)), range(len(columns)), turns), key=shape)
     for _, alike in itertools.groupby(views, key=shape):
         while batch := list(itertools.islice(alike, batch_size)):
             yield batch

@@ -316,7 +316,8 @@ def test_bright_surroundings_become_black(synthetic):
     np.testing.assert_array_equal(white[inner], photograph[inner])
     dark = framed(photograph, truth, (8, 7, 7))
     np.testing.assert_array_equal(blacken_bright_surroundings(dark, truth), dark)
-    np.testing.assert_array_equal(blacken_bright_surroundings(photograph, np.ones_like(truth)), photograph)
+    for mask in (np.ones_like(truth), disc(340, 360, 100)):  # the whole frame, a part of the retina
+        np.testing.assert_array_equal(blacken_bright_surroundings(photograph, mask), photograph)
 
 
 def test_real_photographs(real_drive):

@@ -190,9 +190,10 @@ def test_batches():
 
 def test_large_photographs_are_cut_into_tiles_and_others_are_not():
     def tile(height, width, base_c, batch_size=1):
-        return segment_module._tile_for_memory(create_model(base_c=base_c), height, width, batch_size)
+        return segment_module._tile_for_memory(create_model(base_c=base_c), height, width, 1, batch_size)
 
     assert tile(584, 565, 32) == 584 and tile(960, 999, 32) == 999
+    assert tile(584, 565, 32, batch_size=64) == 584  # there is but one picture to put into the batch
     assert tile(2336, 3504, 8) < 3504
     for base_c, batch_size in ((32, 1), (64, 1), (32, 4)):
         side = tile(2336, 3504, base_c, batch_size)

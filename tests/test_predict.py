@@ -1,0 +1,613 @@
+import csv
+import os
+import resource
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import predict
+from my_dataset import DRIVE_MEAN, DRIVE_STD, DriveDataset
+from src import create_model
+from src.photograph import find_field_of_view, read_photograph
+from src.segment import normalise, segment
+from tests.test_checkpoint import save_as_the_tutorial
+from tests.test_photograph import disc, make_broken
+from train_utils import load_model, save_checkpoint
+from train_utils.command_line import run_script
+from train_utils.data_loading import evaluation_loader
+from train_utils.synthetic_drive import synthetic_photograph, write_synthetic_drive
+from transforms import get_transform
+
+PROJECT = Path(predict.__file__).parent
+CPU = torch.device("cpu")
+MEAN, STD = [0.6, 0.3, 0.2], [0.2, 0.1, 0.05]  # not DRIVE's, so that the checkpoint's must have been used
+
+
+def make_model(**model_args):
+    """A model whose predictions vary over a photograph, as a trained one's do."""
+    torch.manual_seed(1)
+    model = create_model(**{"base_c": 4, **model_args})
+    photograph, _, inside = synthetic_photograph(80, 72, np.random.default_rng(7))
+    image = normalise(photograph, MEAN, STD)[None]
+    with torch.no_grad():
+        for _ in range(30):
+            model(image)  # for the statistics of the normalisation layers
+        logits = model.eval()(image)["out"][0, :, inside]  # [C, pixels]
+        model.out_conv[0].bias -= logits.mean(dim=1)
+    return model
+
+
+def save(path, model, **more):
+    content = {"model": model.state_dict(), "model_args": model.model_args, "mean": MEAN, "std": STD}
+    save_checkpoint(content | {"fov_diameter": 68.0} | more, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights of a model for photographs with a field of view of 68 pixels, as those of `shared_drive` have."""
+    return save(tmp_path_factory.mktemp("weights") / "best_model.pth", make_model())
+
+
+@pytest.fixture
+def photographs(tmp_path, shared_drive):
+    """A folder of four photographs without masks."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for path in (shared_drive / "DRIVE" / "test" / "images").iterdir():
+        Image.open(path).save(folder / f"{path.stem.removesuffix('_test')}.png")
+    return folder
+
+
+def run(*flags):
+    predict.main(predict.parse_args(["--device", "cpu", *map(str, flags)]))
+
+
+def fails(capsys, *flags):
+    """Run the script with flags that cannot work; return what it says, which must be one line."""
+    with pytest.raises(SystemExit) as stopped:
+        run_script(predict.main, predict.parse_args(["--device", "cpu", *map(str, flags)]))
+    assert stopped.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def pixels(path):
+    return np.array(Image.open(path))
+
+
+def table(folder):
+    with open(folder / "predictions.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- as the tutorial
+
+
+def test_without_flags_as_the_tutorial(working_directory, weights, shared_drive, capsys):
+    (working_directory / "DRIVE").symlink_to(shared_drive / "DRIVE")
+    (working_directory / "save_weights").symlink_to(weights.parent)
+    predict.main(predict.parse_args([]))
+    assert files(working_directory) == ["DRIVE", "save_weights", "test_result.png"]
+    with Image.open("test_result.png") as mask:
+        assert (mask.format, mask.mode, mask.size) == ("PNG", "L", (80, 72))
+        values = set(np.unique(mask))
+    assert values == {0, 255}
+    official = pixels("DRIVE/test/mask/01_test_mask.gif") > 0
+    vessels = pixels("test_result.png") > 0
+    assert not vessels[~official].any()
+    output = capsys.readouterr().out
+    assert "inference time: " in output
+    assert f"vessels are {vessels.sum() / official.sum():.1%} of the field of view" in output
+
+
+@pytest.mark.parametrize("roi_mask", [None, "auto"])
+def test_the_prediction_is_that_of_evaluate(tmp_path, weights, shared_drive, roi_mask):
+    dataset = DriveDataset(shared_drive, False, get_transform(False, MEAN, STD))
+    model, _ = load_model(weights, CPU)
+    flags = ["--roi-mask", roi_mask] if roi_mask else []
+    run("--weights", weights, "--image", *dataset.img_list, "--output", tmp_path / "out", *flags)
+    for path, (image, label) in zip(dataset.img_list, evaluation_loader(dataset, 0, pin_memory=False), strict=True):
+        with torch.inference_mode():
+            expected = model(image)["out"].argmax(1)[0] == 1
+        inside = label[0] != 255
+        assert 0.05 < expected[inside].float().mean() < 0.95
+        mask = pixels(tmp_path / "out" / f"{path.stem}_vessels.png")
+        if roi_mask == "auto":
+            inside &= torch.from_numpy(find_field_of_view(read_photograph(path)))
+        else:
+            assert (mask[~inside.numpy()] == 0).all()
+        np.testing.assert_array_equal(mask[inside], expected[inside].numpy() * 255)
+
+
+def test_one_forward_pass(tmp_path, weights, shared_drive, monkeypatch):
+    calls = []
+    model, checkpoint = load_model(weights, CPU)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(predict, "load_model", lambda *_: (model, checkpoint))
+    image = shared_drive / "DRIVE" / "test" / "images" / "02_test.tif"
+    run("--weights", weights, "--image", image, "--output", tmp_path / "a.png")
+    assert len(calls) == 1
+    run("--weights", weights, "--image", image, "--output", tmp_path / "a.png", "--tta")
+    assert len(calls) == 5
+
+
+def test_weights_of_the_tutorial(tmp_path, shared_drive, monkeypatch):
+    # They say neither how large the model is nor how photographs were normalised nor how large those were.
+    path = save_as_the_tutorial(tmp_path / "model.pth", make_model())
+    image = shared_drive / "DRIVE" / "test" / "images" / "01_test.tif"
+    run("--weights", path, "--image", image, "--output", tmp_path / "mask.png", "--scale", "1")
+    official = pixels(shared_drive / "DRIVE" / "test" / "mask" / "01_test_mask.gif") > 0
+    expected = segment(make_model(), read_photograph(image), DRIVE_MEAN, DRIVE_STD)[0].numpy() > 0.5
+    np.testing.assert_array_equal(pixels(tmp_path / "mask.png") > 0, expected & official)
+    assert load_model(path, CPU)[1]["fov_diameter"] == 540
+
+
+def test_as_a_command(tmp_path, weights, photographs):
+    (photographs / "04.png").write_bytes(b"no picture")
+    command = [sys.executable, PROJECT / "predict.py", "--weights", weights, "--image", "photographs/*.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    first, second = done.stderr.splitlines()
+    assert first == "predict.py: error: 1 of 4 photographs failed:"
+    assert second.startswith("  photographs/04.png: not an image")
+    assert files(tmp_path / "predictions") == ["01_vessels.png", "02_vessels.png", "03_vessels.png", "predictions.csv"]
+
+
+# ---- many photographs
+
+
+def test_a_folder(tmp_path, weights, photographs, capsys):
+    Image.new("RGB", (40, 30), (180, 90, 40)).save(photographs / "5.JPG")
+    run("--weights", weights, "--image", photographs, "--output", tmp_path / "deep" / "out")
+    out = tmp_path / "deep" / "out"
+    stems = ["01", "02", "03", "04", "5"]
+    assert files(out) == [*(f"{stem}_vessels.png" for stem in stems), "predictions.csv"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert [line[:6] for line in lines] == [f"[{number}/5] " for number in range(1, 6)]
+    rows = table(out)
+    assert list(rows[0]) == ["file", "width", "height", "field_of_view_diameter", "scale", "vessel_share", "seconds"]
+    assert [row["file"] for row in rows] == [str(path) for path in sorted(photographs.iterdir())]
+    for row, path in zip(rows[:4], sorted(photographs.iterdir()), strict=False):
+        field_of_view = find_field_of_view(read_photograph(path))
+        vessels = pixels(out / f"{path.stem}_vessels.png") > 0
+        assert (row["width"], row["height"], row["scale"]) == ("80", "72", "1")
+        assert float(row["field_of_view_diameter"]) == pytest.approx(68, abs=3)
+        assert float(row["vessel_share"]) == pytest.approx(vessels.sum() / field_of_view.sum(), abs=1e-4)
+        assert float(row["seconds"]) > 0
+    assert (rows[4]["field_of_view_diameter"], rows[4]["scale"]) == ("40", "1.7")
+
+
+def test_files_folders_and_patterns_together(tmp_path, weights, photographs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("--weights", weights, "--image", "photographs/04.png", "photographs/0[12].png")
+    assert files(tmp_path / "predictions") == [f"0{n}_vessels.png" for n in (1, 2, 4)] + ["predictions.csv"]
+    assert [row["file"] for row in table(tmp_path / "predictions")][0] == "photographs/04.png"
+
+
+def test_one_photograph_into_a_folder(tmp_path, weights, photographs):
+    run("--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "out.d")
+    assert files(tmp_path / "out.d") == ["01_vessels.png", "predictions.csv"]
+
+
+def test_broken_photographs_do_not_stop_the_others(tmp_path, weights, photographs, capsys):
+    broken = [name for name in make_broken(photographs) if (photographs / name).is_file()]
+    out = tmp_path / "out"
+    (out).mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        run_script(
+            predict.main,
+            predict.parse_args(
+                ["--device", "cpu", "--weights", str(weights), "--image", str(photographs), "--output", str(out)]
+            ),
+        )
+    assert stopped.value.code == 1
+    assert files(out) == [*(f"0{number}_vessels.png" for number in (1, 2, 3, 4)), "predictions.csv"]
+    assert len(table(out)) == 4
+    output = capsys.readouterr()
+    first, *failures = output.err.splitlines()
+    assert first.endswith(f"{len(broken)} of {len(broken) + 4} photographs failed:")
+    assert [Path(line.split(": ")[0].strip()).name for line in failures] == sorted(broken)
+    assert output.out.count("] failed: ") == len(broken)
+
+
+def test_equal_stems_get_names_of_their_own(tmp_path, weights, photographs):
+    for folder, name, source in (("left", "a.png", "01"), ("right", "a.png", "02"), ("right", "A.tif", "03")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.open(photographs / f"{source}.png").save(tmp_path / folder / name)
+    flags = ("--weights", weights, "--output", tmp_path / "out")
+    run(*flags, "--image", tmp_path / "left", tmp_path / "right", photographs / "04.png")
+    names = ["04_vessels.png", "A_tif_vessels.png", "left_a_png_vessels.png", "right_a_png_vessels.png"]
+    assert files(tmp_path / "out") == sorted([*names, "predictions.csv"])
+    run(*flags[:2], "--image", photographs / "02.png", "--output", tmp_path / "alone.png")
+    assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "out" / "right_a_png_vessels.png").read_bytes()
+
+
+def test_stems_that_stay_equal_are_refused(tmp_path, weights, photographs, capsys):
+    for folder in ("one/left", "two/left"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.open(photographs / "01.png").save(tmp_path / folder / "a.png")
+    message = fails(capsys, "--weights", weights, "--image", tmp_path / "one/left", tmp_path / "two/left/a.png")
+    assert str(tmp_path / "one/left/a.png") in message and str(tmp_path / "two/left/a.png") in message
+
+
+def test_interrupted_runs_keep_the_table_of_what_is_done(tmp_path, weights, photographs, monkeypatch):
+    def stop_at_the_third(path, *args):
+        if path.name == "03.png":
+            raise KeyboardInterrupt
+        return whole(path, *args)
+
+    whole = predict.predict
+    monkeypatch.setattr(predict, "predict", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run("--weights", weights, "--image", photographs, "--output", tmp_path / "out")
+    assert files(tmp_path / "out") == ["01_vessels.png", "02_vessels.png", "predictions.csv"]
+    assert len(table(tmp_path / "out")) == 2
+
+
+# ---- the field of view
+
+
+def test_roi_masks(tmp_path, weights, photographs, shared_drive):
+    image = photographs / "01.png"
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    left = np.zeros((72, 80), np.uint8)
+    left[:, :30] = 255
+    Image.fromarray(left).save(masks / "01_mask.tif")
+    Image.fromarray(255 - left).save(masks / "02.png")
+
+    def vessels(roi_mask, image=image):
+        run(
+            "--weights", weights, "--image", image, "--output", tmp_path / "a.png", "--scale", 1, "--roi-mask", roi_mask
+        )
+        return pixels(tmp_path / "a.png") > 0
+
+    everywhere = vessels("none")
+    np.testing.assert_array_equal(vessels("auto"), everywhere & find_field_of_view(read_photograph(image)))
+    np.testing.assert_array_equal(vessels(masks), everywhere & (left > 0))
+    np.testing.assert_array_equal(vessels(masks / "02.png"), everywhere & (left == 0))
+    second = photographs / "02.png"
+    np.testing.assert_array_equal(vessels(masks, second), vessels("none", second) & (left == 0))
+    # Of DRIVE, the mask beside the images is taken unasked.
+    official = shared_drive / "DRIVE" / "test"
+    run("--weights", weights, "--image", official / "images" / "01_test.tif", "--output", tmp_path / "b.png")
+    inside = pixels(official / "mask" / "01_test_mask.gif") > 0
+    np.testing.assert_array_equal(pixels(tmp_path / "b.png") > 0, everywhere & inside)
+
+
+def test_wrong_roi_masks(tmp_path, weights, photographs, capsys):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for name, picture in {
+        "small.png": np.full((70, 80), 255, np.uint8),
+        "black.png": np.zeros((72, 80), np.uint8),
+        "grey.png": np.full((72, 80), 99, np.uint8),
+        "02.png": np.full((72, 80), 255, np.uint8),
+        "02_mask.png": np.full((72, 80), 255, np.uint8),
+    }.items():
+        Image.fromarray(picture).save(masks / name)
+    (masks / "text.png").write_bytes(b"no picture")
+
+    def message(roi_mask, image="01.png"):
+        return fails(capsys, "--weights", weights, "--image", photographs / image, "--roi-mask", roi_mask)
+
+    assert "small.png: is 80 x 70 pixels" in message(masks / "small.png")
+    assert "black.png: is black everywhere" in message(masks / "black.png")
+    assert "grey.png" in message(masks / "grey.png") and "99" in message(masks / "grey.png")
+    assert "text.png: not an image" in message(masks / "text.png")
+    assert "needs one 01.* or 01_mask.*" in message(masks)
+    assert "both" in message(masks, "02.png")
+    assert f"--roi-mask {masks / 'missing.png'}: no such file" in message(masks / "missing.png")
+
+
+# ---- scale, and the other flags
+
+
+def test_scale(tmp_path, weights, photographs, monkeypatch):
+    scales = []
+
+    def remember(*args, scale, **options):
+        scales.append(scale)
+        return segment(*args, scale=scale, **options)
+
+    monkeypatch.setattr(predict, "segment", remember)
+    large = tmp_path / "large.png"
+    photograph, _, _ = synthetic_photograph(320, 288, np.random.default_rng(0))
+    Image.fromarray(photograph).save(large)
+    for flags in ([large], [large, "--scale", "1"], [large, "--scale", "0.6"], [photographs / "01.png"]):
+        run("--weights", weights, "--output", tmp_path / "a.png", "--image", *flags)
+    assert scales == [pytest.approx(0.25, rel=0.03), 1, 0.6, 1]
+    run("--weights", weights, "--output", tmp_path / "a.png", "--image", large, "--roi-mask", "none")
+    assert scales[-1] == scales[0]  # the vessels are as wide without a mask
+    assert Image.open(tmp_path / "a.png").size == (320, 288)
+
+
+def test_bright_surroundings_do_not_matter(tmp_path, weights, photographs):
+    photograph = read_photograph(photographs / "01.png")
+    inside = disc(72, 80, 70)
+    Image.fromarray(np.where(inside[..., None], photograph, 255).astype(np.uint8)).save(tmp_path / "white.png")
+    run("--weights", weights, "--image", tmp_path / "white.png", "--output", tmp_path / "w.png")
+    run("--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "b.png")
+    inner = disc(72, 80, 40)
+    same = pixels(tmp_path / "w.png")[inner] == pixels(tmp_path / "b.png")[inner]
+    assert same.mean() > 0.9
+
+
+def test_probability_overlay_and_threshold(tmp_path, weights, photographs):
+    image = photographs / "01.png"
+    flags = ("--weights", weights, "--image", image, "--roi-mask", "none")
+    run(*flags, "--output", tmp_path / "out", "--save-prob", "--overlay")
+    assert files(tmp_path / "out") == ["01_overlay.png", "01_probability.png", "01_vessels.png", "predictions.csv"]
+    with Image.open(tmp_path / "out" / "01_probability.png") as stored:
+        assert (stored.mode, stored.size) == ("I;16", (80, 72))
+        probability = np.array(stored) / 65535
+    expected = segment(load_model(weights, CPU)[0], read_photograph(image), MEAN, STD)[0].numpy()
+    np.testing.assert_allclose(probability, expected, atol=1e-5)
+
+    mask = pixels(tmp_path / "out" / "01_vessels.png") > 0
+    overlay, photograph = pixels(tmp_path / "out" / "01_overlay.png"), read_photograph(image)
+    np.testing.assert_array_equal(overlay[~mask], photograph[~mask])
+    assert (overlay[mask] != photograph[mask]).any(axis=1).all()
+
+    run(*flags, "--output", tmp_path / "a.png", "--threshold", "0.8", "--save-prob", "--overlay")
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png") > 0, expected > 0.8)
+    assert (tmp_path / "a_probability.png").exists() and (tmp_path / "a_overlay.png").exists()
+
+
+def test_the_probability_is_nothing_outside_the_field_of_view(tmp_path, weights, photographs):
+    run("--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "a.png", "--save-prob")
+    outside = ~find_field_of_view(read_photograph(photographs / "01.png"))
+    assert (pixels(tmp_path / "a_probability.png")[outside] == 0).all() and outside.any()
+
+
+def test_threshold_auto(tmp_path, weights, photographs, capsys):
+    stored = save(tmp_path / "stored.pth", make_model(), threshold=0.37)
+    flags = ("--image", photographs / "01.png", "--output")
+    run("--weights", stored, *flags, tmp_path / "auto.png", "--threshold", "auto")
+    assert f"threshold 0.37 (from {stored})" in capsys.readouterr().out
+    run("--weights", weights, *flags, tmp_path / "given.png", "--threshold", "0.37")
+    assert (tmp_path / "auto.png").read_bytes() == (tmp_path / "given.png").read_bytes()
+    run("--weights", weights, *flags, tmp_path / "none.png", "--threshold", "auto")
+    assert f"threshold 0.5 (none is stored in {weights})" in capsys.readouterr().out
+
+
+def test_tiles_flips_and_batches_reach_the_model(tmp_path, weights, photographs, monkeypatch):
+    image = tmp_path / "large.png"
+    Image.fromarray(synthetic_photograph(200, 180, np.random.default_rng(0))[0]).save(image)
+    options = ("--tile", 96, "--tta", "--batch-size", 3, "--scale", 1, "--roi-mask", "none", "--save-prob")
+    run("--weights", weights, "--image", image, "--output", tmp_path / "a.png", *options)
+    model, _ = load_model(weights, CPU)
+    expected = segment(model, read_photograph(image), MEAN, STD, tile=96, flips=True, batch_size=3)[0].numpy()
+    np.testing.assert_allclose(pixels(tmp_path / "a_probability.png") / 65535, expected, atol=1e-5)
+
+
+def test_amp_has_no_effect_on_a_cpu(tmp_path, weights, photographs, capsys):
+    for flags in (("plain.png",), ("amp.png", "--amp"), ("no_amp.png", "--no-amp")):
+        run("--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / flags[0], *flags[1:])
+    assert capsys.readouterr().out.count("--amp: has no use on cpu, predicting in float32") == 1
+    assert (tmp_path / "amp.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
+def test_more_than_two_classes_give_labels(tmp_path, photographs, capsys):
+    model = make_model(num_classes=4)
+    weights = save(tmp_path / "arteries.pth", model)
+    flags = ("--weights", weights, "--image", photographs / "01.png", "--roi-mask", "none")
+    run(*flags, "--output", tmp_path / "a.png", "--overlay", "--save-prob")
+    with torch.inference_mode():
+        image, _ = get_transform(False, MEAN, STD)(Image.open(photographs / "01.png"), Image.new("L", (80, 72)))
+        logits = model.eval()(image[None])["out"][0]
+    labels = logits.argmax(0).numpy()
+    assert len(np.unique(labels)) > 2
+    np.testing.assert_array_equal(pixels(tmp_path / "a.png"), labels)
+    expected = 1 - logits.double().softmax(0)[0].numpy()
+    np.testing.assert_allclose(pixels(tmp_path / "a_probability.png") / 65535, expected, atol=1e-5)
+    assert pixels(tmp_path / "a_overlay.png").shape == (72, 80, 3)
+    assert "--threshold" in fails(capsys, *flags, "--output", tmp_path / "b.png", "--threshold", "0.4")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (16, 16)])
+def test_tiny_photographs(tmp_path, weights, size):
+    Image.new("RGB", size, (180, 90, 40)).save(tmp_path / "tiny.png")
+    run("--weights", weights, "--image", tmp_path / "tiny.png", "--output", tmp_path / "a.png", "--overlay")
+    assert Image.open(tmp_path / "a.png").size == size
+
+
+def test_the_displayed_size_of_a_turned_photograph(tmp_path, weights, photographs):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.open(photographs / "01.png").transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / "turned.png", exif=exif)
+    for name, image in (("a.png", tmp_path / "turned.png"), ("b.png", photographs / "01.png")):
+        run("--weights", weights, "--image", image, "--output", tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def huge_photograph(path):
+    photograph = Image.new("RGB", (7800, 5200))
+    ImageDraw.Draw(photograph).ellipse((1400, 100, 6399, 5099), fill=(180, 90, 40))
+    photograph.save(path, compress_level=1)
+    return path
+
+
+def test_forty_megapixels(tmp_path, weights):
+    huge = huge_photograph(tmp_path / "huge.png")
+    run("--weights", weights, "--image", huge, "--output", tmp_path / "out")
+    (row,) = table(tmp_path / "out")
+    assert (row["width"], row["height"]) == ("7800", "5200")
+    assert float(row["scale"]) == pytest.approx(68 / 5000, rel=0.01)
+    assert Image.open(tmp_path / "out" / "huge_vessels.png").size == (7800, 5200)
+
+
+@pytest.mark.slow
+def test_forty_megapixels_by_tile(tmp_path, weights):
+    huge = huge_photograph(tmp_path / "huge.png")
+    command = [sys.executable, PROJECT / "predict.py", "--weights", weights, "--device", "cpu", "--scale", "1"]
+    subprocess.run([*command, "--image", huge, "--output", tmp_path / "out"], check=True)
+    assert Image.open(tmp_path / "out" / "huge_vessels.png").size == (7800, 5200)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20  # KiB
+
+
+# ---- what cannot work
+
+
+def test_wrong_weights(tmp_path, photographs, capsys):
+    def message(path):
+        return fails(capsys, "--weights", path, "--image", photographs / "01.png", "--output", tmp_path / "a.png")
+
+    assert "missing.pth: no such file" in message(tmp_path / "missing.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    assert "text.pth: not a" in message(tmp_path / "text.pth")
+    torch.save({"model": torch.nn.Linear(2, 3).state_dict()}, tmp_path / "linear.pth")
+    assert "linear.pth: holds the weights of another model" in message(tmp_path / "linear.pth")
+    broken = make_model()
+    broken.in_conv[0].weight.data[0, 0, 0, 0] = float("nan")
+    assert "nan.pth: the weights hold NaN" in message(save(tmp_path / "nan.pth", broken))
+    grey = create_model(base_c=4, in_channels=1)
+    assert "grey.pth: a model of 1 input channels" in message(save(tmp_path / "grey.pth", grey))
+    torch.save({"model": make_model().state_dict(), "args": RunsCode(tmp_path / "executed")}, tmp_path / "code.pth")
+    assert "code.pth: refused" in message(tmp_path / "code.pth")
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "a.png").exists()
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_wrong_photographs(tmp_path, weights, photographs, capsys):
+    for name in make_broken(photographs):
+        message = fails(capsys, "--weights", weights, "--image", photographs / name, "--output", tmp_path / "a.png")
+        assert str(photographs / name) in message
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert f"{empty}: no photographs there" in fails(capsys, "--weights", weights, "--image", empty)
+    assert "*.gif: no such file" in fails(capsys, "--weights", weights, "--image", photographs / "*.gif")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_places_that_cannot_be_written(tmp_path, weights, photographs, capsys):
+    (tmp_path / "file").touch()
+    for image, output in ((photographs / "01.png", "file/a.png"), (photographs, "file"), (photographs, "file/out")):
+        message = fails(capsys, "--weights", weights, "--image", image, "--output", tmp_path / output)
+        assert str(tmp_path / "file") in message and "--output" in message
+    (tmp_path / "folder.png").mkdir()
+    run("--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "folder.png")
+    assert files(tmp_path / "folder.png") == ["01_vessels.png", "predictions.csv"]
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, weights, photographs, monkeypatch, capsys):
+    (tmp_path / "a.png").write_bytes(b"before")
+
+    def full(self, file, **options):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    message = fails(capsys, "--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "a.png")
+    assert "a.png: cannot be written (No space left on device)" in message
+    assert (tmp_path / "a.png").read_bytes() == b"before"
+    assert files(tmp_path) == ["a.png", "photographs"]
+
+
+def test_outputs_that_do_not_fit(tmp_path, weights, photographs, capsys):
+    def message(image, output):
+        return fails(capsys, "--weights", weights, "--image", image, "--output", output)
+
+    assert "is one file, but there are 4 photographs" in message(photographs, tmp_path / "a.png")
+    assert "written as PNG" in message(photographs / "01.png", tmp_path / "a.jpg")
+
+
+def test_inputs_are_never_overwritten(tmp_path, weights, photographs, capsys, monkeypatch):
+    monkeypatch.chdir(photographs)
+    before = {path.name: path.read_bytes() for path in photographs.iterdir()}
+    Image.new("L", (80, 72), 255).save(tmp_path / "roi.png")
+    mask = (tmp_path / "roi.png").read_bytes()
+
+    def message(*flags):
+        return fails(capsys, "--weights", weights, "--image", *flags)
+
+    assert "would overwrite the input" in message("01.png", "--output", "./01.png")
+    assert "would overwrite the input" in message("01.png", "--roi-mask", "../roi.png", "--output", "../roi.png")
+    assert "would overwrite the input" in message("01.png", "--roi-mask", "..", "--output", "../roi.png")
+    assert "holds the photographs themselves" in message(".", "--output", ".")
+    assert "holds the photographs themselves" in message("01.png", "--output", photographs)
+    Image.open("01.png").save("x_overlay.png")
+    before["x_overlay.png"] = Path("x_overlay.png").read_bytes()
+    assert "would overwrite the input" in message("x_overlay.png", "--output", "x.png")
+    assert {path.name: path.read_bytes() for path in photographs.iterdir()} == before
+    assert (tmp_path / "roi.png").read_bytes() == mask
+
+
+def test_a_folder_of_photographs_that_is_read_only(tmp_path, weights, photographs):
+    photographs.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    before = {path: path.stat().st_mtime_ns for path in (photographs, *photographs.iterdir())}
+    try:
+        run("--weights", weights, "--image", photographs, "--output", tmp_path / "out", "--overlay", "--save-prob")
+    finally:
+        photographs.chmod(stat.S_IRWXU)
+    assert {path: path.stat().st_mtime_ns for path in (photographs, *photographs.iterdir())} == before
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--scale 0",
+        "--scale big",
+        "--threshold 1",
+        "--threshold x",
+        "--tile 10",
+        "--batch-size 0",
+        "--amp maybe",
+        "--gpu",
+    ],
+)
+def test_wrong_flags(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        predict.parse_args(flags.split())
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert flags.split()[0] in line
+
+
+def test_too_large_for_a_gpu(tmp_path, weights, photographs, monkeypatch, capsys):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr(predict, "segment", full)
+    assert "--tile" in fails(capsys, "--weights", weights, "--image", photographs / "01.png")
+
+
+# ---- real photographs
+
+
+def test_real_photographs_keep_their_scale(tmp_path, real_drive):
+    weights = save_as_the_tutorial(tmp_path / "model.pth", make_model())
+    images = sorted((real_drive / "DRIVE").glob("*/images/*.tif"))
+    for roi_mask in ([], ["--roi-mask", "auto"]):
+        run("--weights", weights, "--image", *images, "--output", tmp_path / "out", *roi_mask)
+        assert {row["scale"] for row in table(tmp_path / "out")} == {"1"}
+
+
+def test_training_stores_the_diameter(tmp_path, working_directory):
+    import train
+
+    data = write_synthetic_drive(tmp_path / "data", training=3, test=1, width=90, height=100)
+    flags = ["--data-path", str(data), "--base-c", "4", "--base-size", "80", "--crop-size", "48", "--epochs", "1"]
+    train.main(train.parse_args([*flags, "--device", "cpu"]))
+    _, checkpoint = load_model("save_weights/best_model.pth", CPU)
+    assert checkpoint["fov_diameter"] == pytest.approx(90 * 540 / 565, abs=1.5)
