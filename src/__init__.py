@@ -64,8 +64,12 @@ def model_args_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, st
     for arch, first in (("mobilenet_v3", "backbone.0.0.weight"), ("vgg16", "backbone.0.weight")):
         if first in state_dict:
             return {"arch": arch, "num_classes": state_dict["conv.0.weight"].shape[0]}
+    # The paper's U-Net has the names and shapes of the plain one with transposed convolutions; only its arguments tell.
     base_c, in_channels = state_dict["in_conv.0.weight"].shape[:2]
-    shape = {"in_channels": in_channels, "num_classes": state_dict["out_conv.0.weight"].shape[0], "base_c": base_c}
-    if "in_conv.2.weight" in state_dict:  # without BatchNorm, the second convolution comes two places after the first
-        return {"arch": "unet_paper"} | shape
-    return {"arch": "unet"} | shape | {"bilinear": "up1.up.weight" not in state_dict}
+    return {
+        "arch": "unet",
+        "in_channels": in_channels,
+        "num_classes": state_dict["out_conv.0.weight"].shape[0],
+        "base_c": base_c,
+        "bilinear": "up1.up.weight" not in state_dict,
+    }

@@ -45,10 +45,13 @@ class Up(nn.Module):
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
         x1 = self.up(x1)
-        # An odd side loses its last row in the pooling: zero-pad x1 back to the size of x2.
+        # An odd side loses its last row in the pooling: zero-pad x1 back to the size of x2. (Strided convolutions round
+        # up instead: then there is a row too many, to cut. ONNX rounds quotients of negative numbers another way than
+        # Python, so the halves are those of a number that cannot be negative.)
         rows = x2.shape[-2] - x1.shape[-2]
         columns = x2.shape[-1] - x1.shape[-1]
-        x1 = F.pad(x1, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+        bottom, right = (rows + 1) // 2, (columns + 1) // 2
+        x1 = F.pad(x1, [columns - right, right, rows - bottom, bottom])
         return self.conv(torch.cat([x2, x1], dim=1))
 
 

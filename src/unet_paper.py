@@ -1,9 +1,10 @@
 """The U-Net of the paper, with unpadded convolutions, and its overlap-tile strategy.
 
 Source: O. Ronneberger, P. Fischer, T. Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation",
-MICCAI 2015. Like the paper's it has no batch normalisation but drop-out and Gaussian initial weights, so that it shows
-what the later inventions bring. The paper leaves open which layers drop out, and how often: here the two lowest levels,
-every second value.
+MICCAI 2015. In place of the paper's drop-out it has batch normalisation after each 3x3 convolution, as the plain U-Net
+here: so both train by the same recipe, and one can tell what the padding does. Without it the recipe's learning rate
+does too little: the loss after 140 steps (12 channels, 2 crops of 144 pixels each) was 0.97 with drop-out, 0.88 with
+neither, and 0.59 with batch normalisation.
 """
 
 import math
@@ -20,13 +21,15 @@ BORDER = 92  # pixels of the input beyond the logits, at each side
 
 
 class UnpaddedDoubleConv(nn.Sequential):
-    """Twice: 3x3 convolution without padding, ReLU. [N, in, H, W] -> [N, out, H - 4, W - 4]."""
+    """Twice: 3x3 convolution without padding, batch normalisation, ReLU. [N, in, H, W] -> [N, out, H - 4, W - 4]."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(
-            nn.Conv2d(in_channels, out_channels, kernel_size=3),
+            nn.Conv2d(in_channels, out_channels, kernel_size=3, bias=False),
+            nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
-            nn.Conv2d(out_channels, out_channels, kernel_size=3),
+            nn.Conv2d(out_channels, out_channels, kernel_size=3, bias=False),
+            nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
         )
 
@@ -34,8 +37,8 @@ class UnpaddedDoubleConv(nn.Sequential):
 class UnpaddedDown(nn.Sequential):
     """Halve the resolution, then convolve. [N, in, H, W] -> [N, out, H / 2 - 4, W / 2 - 4]."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
-        super().__init__(nn.MaxPool2d(2, stride=2), UnpaddedDoubleConv(in_channels, out_channels), nn.Dropout(dropout))
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(nn.MaxPool2d(2, stride=2), UnpaddedDoubleConv(in_channels, out_channels))
 
 
 class UnpaddedUp(nn.Module):
@@ -68,19 +71,13 @@ class UNetPaper(nn.Module):
         self.in_conv = UnpaddedDoubleConv(in_channels, base_c)
         self.down1 = UnpaddedDown(base_c, base_c * 2)
         self.down2 = UnpaddedDown(base_c * 2, base_c * 4)
-        self.down3 = UnpaddedDown(base_c * 4, base_c * 8, dropout=0.5)
-        self.down4 = UnpaddedDown(base_c * 8, base_c * 16, dropout=0.5)
+        self.down3 = UnpaddedDown(base_c * 4, base_c * 8)
+        self.down4 = UnpaddedDown(base_c * 8, base_c * 16)
         self.up1 = UnpaddedUp(base_c * 16, base_c * 8)
         self.up2 = UnpaddedUp(base_c * 8, base_c * 4)
         self.up3 = UnpaddedUp(base_c * 4, base_c * 2)
         self.up4 = UnpaddedUp(base_c * 2, base_c)
         self.out_conv = OutConv(base_c, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                # A neuron of the up-convolution, whose kernel is as wide as its stride, sees one pixel.
-                pixels = 1 if isinstance(module, nn.ConvTranspose2d) else math.prod(module.kernel_size)
-                nn.init.normal_(module.weight, std=math.sqrt(2 / (module.in_channels * pixels)))
-                nn.init.zeros_(module.bias)
 
     def unpadded(self, x: Tensor) -> Tensor:
         """Map an image [N, in_channels, H, W], where H and W fit, to logits [N, num_classes, H - 184, W - 184]."""
@@ -126,9 +123,9 @@ class OverlapTileUNet(UNetPaper):
         height, width = x.shape[-2:]
         # A graph for any size cannot depend on the number of tiles: there, one takes all.
         whole = torch.compiler.is_compiling()
-        rows, columns = (1 if whole else -(-side // self.LARGEST_TILE) for side in (height, width))
+        rows, columns = (1 if whole else math.ceil(side / self.LARGEST_TILE) for side in (height, width))
         # Steps of a multiple of 16 let the poolings meet the same pixels as in the whole picture.
-        down, right = -(-height // (STRIDE * rows)) * STRIDE, -(-width // (STRIDE * columns)) * STRIDE
+        down, right = _steps(height, rows), _steps(width, columns)
         x = _mirror(_mirror(x, -2, rows * down + SMALLEST), -1, columns * right + SMALLEST)
 
         def logits(row: int, column: int) -> Tensor:
@@ -139,9 +136,15 @@ class OverlapTileUNet(UNetPaper):
         return {"out": torch.cat(strips, dim=-2)[..., :height, :width]}
 
 
+def _steps(length: int, tiles: int) -> int:
+    # Not as the negative of a floor: ONNX rounds quotients of negative numbers another way than Python.
+    return (length + STRIDE * tiles - 1) // (STRIDE * tiles) * STRIDE
+
+
 def _mirror(x: Tensor, dim: int, length: int) -> Tensor:
     """Continue a picture of any size by mirroring, without repeating its border: BORDER before it, `length` in all."""
     last = x.shape[dim] - 1
-    period = max(2 * last, 1)
-    position = torch.arange(-BORDER, length - BORDER, device=x.device) % period
+    position = torch.arange(-BORDER, length - BORDER, device=x.device)
+    period = torch.full_like(position, max(2 * last, 1))  # a tensor, since ONNX has no remainder by a free number
+    position = position % period
     return x.index_select(dim, torch.minimum(position, period - position))

@@ -4,8 +4,9 @@ Source of the backbone: K. Simonyan, A. Zisserman, "Very Deep Convolutional Netw
 Recognition", ICLR 2015, as torchvision builds it.
 """
 
-from torch import Tensor
-from torchvision.models import VGG16_BN_Weights, vgg16_bn
+from torch import Tensor, nn
+from torchvision.models import VGG16_BN_Weights
+from torchvision.models.vgg import cfgs, make_layers
 
 from .backbone_unet import BackboneUNet
 
@@ -24,7 +25,13 @@ class VGG16UNet(BackboneUNet):
     imagenet_weights = VGG16_BN_Weights.IMAGENET1K_V1
 
     def __init__(self, num_classes: int, pretrain_backbone: bool = False) -> None:
-        super().__init__(vgg16_bn().features, {5: 64, 12: 128, 22: 256, 32: 512, 42: 512}, num_classes)
+        # Not `vgg16_bn().features`: that would draw, and throw away, 124 million weights of the classifier.
+        features = make_layers(cfgs["D"], batch_norm=True)
+        for layer in features:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+                nn.init.zeros_(layer.bias)
+        super().__init__(features, {5: 64, 12: 128, 22: 256, 32: 512, 42: 512}, num_classes)
         if pretrain_backbone:
             self.download_backbone()
 

@@ -17,8 +17,7 @@ from transforms import get_transform
 
 from .checkpoint import BEST_MODEL, LAST_MODEL, load_backbone_weights, save_checkpoint
 from .command_line import UsageError, add_switch, at_least, probability_or_auto
-from .data_loading import derive_seed
-from .distributed_utils import broadcast_buffers, get_rank, is_main_process
+from .distributed_utils import broadcast_buffers, is_main_process
 from .logger import Row
 from .metrics import ConfusionMatrix
 from .tensorboard_log import TensorBoardLog
@@ -152,8 +151,6 @@ def fit(
         while state.epoch < args.epochs:
             started = time.time()
             train_loader.sampler.set_epoch(state.epoch)
-            # Drop-out, too, then draws by epoch: a resumed run goes on as if it had not stopped.
-            torch.manual_seed(derive_seed(args.seed, state.epoch, get_rank()))
             mean_loss, lr = train_one_epoch(
                 model,
                 state.optimizer,

@@ -32,6 +32,11 @@ def _cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, ignore
     return total / pixel_weight.sum().clamp(min=torch.finfo(total.dtype).tiny)
 
 
+def _centre(target: Tensor, height: int, width: int) -> Tensor:
+    top, left = (target.shape[-2] - height) // 2, (target.shape[-1] - width) // 2
+    return target[..., top : top + height, left : left + width]
+
+
 def criterion(
     inputs: Mapping[str, Tensor],
     target: Tensor,
@@ -43,8 +48,8 @@ def criterion(
     """Cross-entropy plus Dice loss of a model's outputs, a scalar.
 
     Args:
-        inputs: logits [N, num_classes, H, W] under "out", and under "aux" where the model has a second head.
-        target: labels [N, H, W], int64.
+        inputs: logits [N, num_classes, h, w] under "out", and under "aux" where the model has a second head.
+        target: labels [N, H, W], int64; unpadded convolutions give fewer logits, which stand for the label's centre.
         loss_weight: weights [num_classes] of the classes in the cross-entropy.
         num_classes: classes, background included.
         dice: whether to add the Dice loss (over all classes).
@@ -55,9 +60,10 @@ def criterion(
     """
 
     def loss(logits: Tensor) -> Tensor:
-        value = _cross_entropy(logits, target, loss_weight, ignore_index)
+        labels = _centre(target, *logits.shape[-2:])
+        value = _cross_entropy(logits, labels, loss_weight, ignore_index)
         if dice:
-            one_hot = build_target(target, num_classes, ignore_index)
+            one_hot = build_target(labels, num_classes, ignore_index)
             value = value + dice_loss(logits, one_hot, multiclass=True, ignore_index=ignore_index)
         return value
 
