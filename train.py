@@ -19,7 +19,7 @@ DEMO_DEFAULTS = {
     "data_path": "./demo",
     "output_dir": "./demo/save_weights",
     "base_c": 16,
-    "epochs": 12,
+    "epochs": 10,
     "lr": 0.05,
     "base_size": 400,
     "crop_size": 224,
@@ -62,7 +62,7 @@ def make_demo_data(root: str) -> None:
     if not Path(root, "DRIVE").exists():
         print(f"writing made-up photographs to {Path(root, 'DRIVE')}")
         make_output_folder(root, "--data-path")
-        write_synthetic_drive(root)
+        write_synthetic_drive(root, training=20, test=8)
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -253,7 +253,7 @@ def test_demo_changes_defaults_but_not_flags(monkeypatch):
 
 def test_demo_data_are_written_once(working_directory, monkeypatch):
     calls = []
-    monkeypatch.setattr(train, "write_synthetic_drive", lambda root: calls.append(root))
+    monkeypatch.setattr(train, "write_synthetic_drive", lambda root, **count: calls.append(root))
     train.make_demo_data("demo")
     Path("demo/DRIVE").mkdir()
     train.make_demo_data("demo")

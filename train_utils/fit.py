@@ -132,13 +132,7 @@ def fit(
         selected_on=val_loader.dataset.describe(),
         fov_diameter=_median_diameter(train_loader.dataset.dataset),
     )
-    if checkpoint := load_to_resume(args):
-        state.restore(checkpoint)
-        if state.best_dice is None:
-            # The tutorial's files do not say how good they are, and a worse epoch must not replace a better one.
-            state.best_dice = evaluate(raw_model, val_loader, device, num_classes)[1]
-    elif args.backbone_weights:
-        _pretrain_backbone(raw_model, args)
+    _resume_or_pretrain(state, val_loader, device, args)
     tensorboard = None
     if is_main_process():
         state.results.write()
@@ -179,6 +173,18 @@ def fit(
     except NonFiniteLossError as error:
         raise NonFiniteLossError(f"{error}; {_where_to_resume(args)}") from error
     return state.best_dice
+
+
+def _resume_or_pretrain(
+    state: TrainingState, val_loader: DataLoader, device: torch.device, args: argparse.Namespace
+) -> None:
+    if checkpoint := load_to_resume(args):
+        state.restore(checkpoint)
+        if state.best_dice is None:
+            # The tutorial's files do not say how good they are, and a worse epoch must not replace a better one.
+            state.best_dice = evaluate(state.model, val_loader, device, args.num_classes + 1)[1]
+    elif args.backbone_weights:
+        _pretrain_backbone(state.model, args)
 
 
 def _median_diameter(train_data: DriveDataset) -> float:

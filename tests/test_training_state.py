@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+import train
+from train_utils.training_state import TrainingState
+
+CPU = torch.device("cpu")
+
+
+def new_state(*flags, steps_per_epoch=2):
+    return TrainingState(train.create_model(base_c=2), CPU, steps_per_epoch, train.parse_args(flags))
+
+
+def with_scaler(state, scale):
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return state
+
+
+def as_loaded(state):
+    """The checkpoint of a state one epoch on, as load_checkpoint would give it."""
+    row = {"epoch": state.epoch, "dice": 0.5}
+    state.finish_epoch(row)
+    return state.checkpoint() | {"path": "a.pth"}
+
+
+def test_scaler_of_mixed_precision_comes_back():
+    checkpoint = as_loaded(with_scaler(new_state(), 512.0))
+    restored = with_scaler(new_state(), 2.0)
+    restored.restore(checkpoint)
+    assert restored.scaler.get_scale() == 512.0
+
+
+def test_mixed_precision_goes_on_from_a_checkpoint_without_scaler():
+    checkpoint = as_loaded(new_state())
+    assert "scaler" not in checkpoint
+    restored = with_scaler(new_state(), 2.0)
+    restored.restore(checkpoint)
+    assert restored.scaler.get_scale() == 2.0 and restored.epoch == 1
+
+
+def test_flags_win_over_the_settings_of_the_checkpoint():
+    checkpoint = as_loaded(new_state())
+    restored = new_state("--lr", "0.5", "--momentum", "0.3", "--wd", "0", "--epochs", "7")
+    restored.restore(checkpoint)
+    (group,) = restored.optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"], group["initial_lr"]) == (0.3, 0, 0.5)
+    assert group["lr"] == pytest.approx(0.5)  # the first epoch, of warm-up, is done
+    assert restored.lr_scheduler.last_epoch == 2
+
+
+def test_optimizer_state_of_an_older_torch():
+    checkpoint = as_loaded(new_state())
+    for group in checkpoint["optimizer"]["param_groups"]:
+        for name in ("maximize", "foreach", "differentiable", "fused"):
+            group.pop(name)
+    new_state().restore(checkpoint)
