@@ -72,7 +72,7 @@ def training_loader(
         SeededDataset(dataset),
         batch_size=batch_size,
         sampler=TrainingSampler(len(dataset), seed),
-        num_workers=workers,
+        num_workers=_useful(workers),
         collate_fn=dataset.collate_fn,
         drop_last=drop_last,
         pin_memory=pin_memory,
@@ -86,11 +86,16 @@ def evaluation_loader(dataset: DriveDataset, workers: int, *, pin_memory: bool) 
         dataset,
         batch_size=1,
         sampler=range(get_rank(), len(dataset), get_world_size()),
-        num_workers=workers,
+        num_workers=_useful(workers),
         collate_fn=dataset.collate_fn,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
     )
+
+
+def _useful(workers: int) -> int:
+    # More processes than cores only wait for each other (and PyTorch warns); what they load is the same anyway.
+    return min(workers, os.cpu_count() or 1)
 
 
 def default_workers(device: torch.device, batch_size: int) -> int:
