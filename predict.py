@@ -37,6 +37,7 @@ from train_utils.command_line import (
     run_script,
     select_device,
 )
+from train_utils.export import export_onnx
 from train_utils.files import make_output_folder, replace_whole
 
 TABLE = "predictions.csv"
@@ -68,6 +69,10 @@ def main(args: argparse.Namespace) -> None:
     if args.amp and device.type != "cuda":
         print(f"--amp: has no use on {device.type}, predicting in float32")
         args.amp = False
+    if args.export:
+        export_onnx(args.weights, args.export)
+        print(f"{args.export}: the model of {args.weights} as ONNX")
+        return
     photographs = list_photographs(args.image)
     table, masks = plan_outputs(photographs, args)
     require_roi_mask(args.roi_mask)
@@ -362,6 +367,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch-size", default=1, type=at_least(1), help="tiles or flips that go through the model at once")
     add_switch(parser, "--amp", default=False, help="automatic mixed precision (on a GPU)")
     add("--device", default="cuda", help="cuda means the CPU where there is no GPU")
+    add("--export", metavar="FILE", help="predict nothing, but write the model as ONNX (needs onnx and onnxscript)")
     return parser
 
 

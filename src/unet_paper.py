@@ -127,6 +127,8 @@ class OverlapTileUNet(UNetPaper):
         # Steps of a multiple of 16 let the poolings meet the same pixels as in the whole picture.
         down, right = _steps(height, rows), _steps(width, columns)
         x = _mirror(_mirror(x, -2, rows * down + SMALLEST), -1, columns * right + SMALLEST)
+        if rows == columns == 1:
+            return {"out": self.unpadded(x)[..., :height, :width]}
 
         def logits(row: int, column: int) -> Tensor:
             tile = x[..., row * down :, column * right :][..., : down + SMALLEST, : right + SMALLEST]

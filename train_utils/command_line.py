@@ -15,6 +15,7 @@ from src.photograph import PhotographError
 
 from .checkpoint import CheckpointError
 from .distributed_utils import DistributedError
+from .export import ExportError
 from .files import OutputError
 from .train_and_eval import NonFiniteLossError
 
@@ -29,6 +30,7 @@ USER_ERRORS = (
     CheckpointError,
     DatasetError,
     DistributedError,
+    ExportError,
     NonFiniteLossError,
     OutputError,
     PhotographError,

@@ -1,0 +1,124 @@
+import importlib.util
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import predict
+from src import create_model
+from train_utils import save_checkpoint
+from train_utils.command_line import run_script
+
+SMALL = {"unet": {"base_c": 4}, "unet_paper": {"base_c": 4}, "mobilenet_v3": {}, "vgg16": {}}
+
+
+def varied_model(arch, **model_args):
+    """With weights and running statistics that make the logits vary as those of a trained model."""
+    torch.manual_seed(0)
+    model = create_model(arch, **(SMALL[arch] | model_args)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+    return model
+
+
+def outputs(model, image):
+    with torch.inference_mode():
+        logits = model(image)["out"]
+    assert logits.std() > 0.05
+    return logits
+
+
+@pytest.mark.parametrize(
+    "arch, model_args",
+    [
+        ("unet", {}),
+        pytest.param("unet", {"bilinear": False, "in_channels": 1}, marks=pytest.mark.slow),
+        ("unet_paper", {}),
+        pytest.param("mobilenet_v3", {}, marks=pytest.mark.slow),
+        pytest.param("vgg16", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_onnx_runtime_agrees_at_any_size(tmp_path, capsys, arch, model_args):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    runtime = pytest.importorskip("onnxruntime")
+    model = varied_model(arch, **model_args)
+    save_checkpoint(
+        {"model": model.state_dict(), "model_args": model.model_args, "mean": [0.5] * 3, "std": [0.1, 0.2, 0.3]},
+        tmp_path / "weights.pth",
+    )
+    file = tmp_path / "model.onnx"
+    predict.main(predict.parse_args(["--weights", str(tmp_path / "weights.pth"), "--export", str(file)]))
+    assert sorted(os.listdir(tmp_path)) == ["model.onnx", "weights.pth"]
+    assert f"{file}: the model of" in capsys.readouterr().out
+
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = runtime.InferenceSession(file, options)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["std"]) == [0.1, 0.2, 0.3] and json.loads(metadata["mean"]) == [0.5] * 3
+    assert json.loads(metadata["model_args"]) == model.model_args
+    for count, height, width in ((1, 64, 64), (2, 77, 90), (1, 131, 35), (1, 32, 50)):
+        image = torch.rand(count, model.model_args.get("in_channels", 3), height, width)
+        (logits,) = session.run(["logits"], {"image": image.numpy()})
+        expected = outputs(model, image).numpy()
+        assert logits.shape == expected.shape and np.abs(logits - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "arch", ["unet", "unet_paper", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("mobilenet_v3", "vgg16"))]
+)
+def test_torch_export_at_any_size(arch):
+    model = varied_model(arch)
+    free = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        model, (torch.rand(2, 3, 99, 85),), dynamic_shapes={"x": {0: free, 2: free, 3: free}}
+    ).module()
+    for count, height, width in ((1, 64, 64), (3, 77, 90), (1, 131, 35)):
+        image = torch.rand(count, 3, height, width)
+        assert torch.allclose(outputs(program, image), outputs(model, image), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("arch", SMALL)
+def test_torch_compile(arch):
+    model = varied_model(arch)
+    compiled = torch.compile(model)
+    for size in ((64, 64), (77, 90)):
+        image = torch.rand(1, 3, *size)
+        assert torch.allclose(outputs(compiled, image), outputs(model, image), atol=1e-4)
+    logits = compiled.train()(torch.rand(2, 3, 64, 64))["out"]
+    logits.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def fails(capsys, *flags):
+    with pytest.raises(SystemExit) as stopped:
+        run_script(predict.main, predict.parse_args(flags))
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 1 and len(lines) == 1
+    return lines[0]
+
+
+def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    assert "--export: needs what is not installed here; pip install" in fails(
+        capsys, "--export", str(tmp_path / "model.onnx")
+    )
+
+
+def test_weights_that_are_missing(capsys, tmp_path):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    gone = str(tmp_path / "gone.pth")
+    assert "gone.pth: no such file" in fails(capsys, "--weights", gone, "--export", str(tmp_path / "model.onnx"))

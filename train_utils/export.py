@@ -1,0 +1,70 @@
+"""A trained model as an ONNX file, for programs without PyTorch. Needs the packages onnx and onnxscript."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import load_model
+from .files import replace_whole
+
+NEEDED = ("onnx", "onnxscript")
+
+
+class ExportError(RuntimeError):
+    """A model cannot be exported; the message says what to do."""
+
+
+class _Logits(nn.Module):
+    """A model with its logits alone as the result."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image)["out"]
+
+
+def export_onnx(weights: str | Path, path: str | Path) -> None:
+    """Write a model as ONNX: `image` float32 [batch, C, height, width] -> `logits` [batch, num_classes, height, width].
+
+    The number of images and their size (32 pixels and more) are free. The image is to be normalised: the metadata of
+    the file hold, as JSON, the `mean` and `std` of the channels in [0, 1], and the `model_args`.
+
+    Args:
+        weights: the file of weights.
+        path: the file to write.
+
+    Raises:
+        ExportError: a package is missing.
+        CheckpointError: the weights cannot be used.
+        train_utils.files.OutputError: the file cannot be written.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"--export: needs what is not installed here; pip install {' '.join(missing)}")
+    model, checkpoint = load_model(weights, torch.device("cpu"))
+    # Odd sides that differ stand for any; equal ones could be taken for one and the same.
+    image = torch.zeros(2, checkpoint["model_args"].get("in_channels", 3), 99, 85)
+    free = torch.export.Dim.DYNAMIC
+    # The exporter reports each of its steps, and warns of what is out of date in itself.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            _Logits(model),
+            (image,),
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_shapes={"image": {0: free, 2: free, 3: free}},
+            dynamo=True,
+        )
+    for name in ("mean", "std", "model_args"):
+        program.model.metadata_props[name] = json.dumps(checkpoint[name])
+    with replace_whole(path) as file:
+        file.write(program.model_proto.SerializeToString())
