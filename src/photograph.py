@@ -166,8 +166,8 @@ def _find_outline(photograph: np.ndarray) -> tuple[np.ndarray, np.ndarray] | Non
     lit = contrast[contrast > LEAST_CONTRAST]
     if lit.size < 0.05 * contrast.size:
         return None
-    threshold = max(LEAST_CONTRAST, 0.25 * np.median(lit))
-    foreground = contrast > threshold
+    typical = np.median(lit)
+    foreground = contrast > max(LEAST_CONTRAST, 0.25 * typical)
     rows, columns = np.nonzero(foreground)
     centre = np.array([np.median(columns), np.median(rows)]) + 0.5
     farthest = np.hypot(*np.maximum(centre, foreground.shape[::-1] - centre))
@@ -184,7 +184,7 @@ def _find_outline(photograph: np.ndarray) -> tuple[np.ndarray, np.ndarray] | Non
     frame = in_frame.sum(axis=1) - 1  # [R], index of the last sample in the frame
     margin = max(2, round(EDGE * reach.max()))
     free = reach < frame  # rays that meet the border before the frame
-    if free.mean() < 0.02 or not _is_mask(contrast[samples][free], reach[free], frame[free], margin, np.median(lit)):
+    if free.mean() < 0.02 or not _is_mask(contrast[samples][free], reach[free], frame[free], margin, typical):
         return None
     reach = np.where(free, reach, np.inf)
     reach = np.minimum(_running_median(reach), frame + 1)  # text or a tab at the rim is narrow
@@ -216,7 +216,7 @@ def _is_mask(contrast: np.ndarray, reach: np.ndarray, frame: np.ndarray, margin:
     rays, steps = np.arange(len(reach)), np.arange(contrast.shape[1])
     jump = contrast[rays, (reach - margin).clip(min=0)] - contrast[rays, np.minimum(reach + margin, frame)]
     outside = contrast[(steps >= reach[:, None] + margin) & (steps <= frame[:, None])]
-    return bool(np.median(jump) > 0.45 * typical and np.median(outside) < 0.08 * typical)
+    return bool(outside.size and np.median(jump) > 0.45 * typical and np.median(outside) < 0.08 * typical)
 
 
 def _running_median(values: np.ndarray, width: int = 9) -> np.ndarray:

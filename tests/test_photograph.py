@@ -1,4 +1,6 @@
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -84,6 +86,21 @@ def test_16_bit_greys_of_any_depth(tmp_path, suffix, bits):
     Image.fromarray(stored).save(tmp_path / f"deep.{suffix}")
     read = read_photograph(tmp_path / f"deep.{suffix}")
     np.testing.assert_array_equal(read, grey[..., None].repeat(3, axis=2))
+
+
+def test_16_bit_colours(tmp_path):
+    # Pillow reads such files but does not write them.
+    deep = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+
+    def chunk(kind, content):
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
+    content = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "deep.png").write_bytes(content)
+    np.testing.assert_allclose(read_photograph(tmp_path / "deep.png"), deep / 257, atol=1)
 
 
 @pytest.mark.parametrize("white", [1, 255, 65535])
