@@ -198,8 +198,8 @@ class ProbabilityHistogram:
 
     The bins are those of the log-odds' float32 pattern without its last 12 bits: each sign and power of two is cut into
     2048 equal bins. They are fine wherever the values lie (sure or unsure, a wide range or a tiny one), so that values
-    share a bin only where they differ by less than 0.05 %; these count as ties. (A network whose log-odds lie all within
-    a few thousandths of one value would be ranked coarsely.) `counts` is int64 [2, BINS].
+    share a bin only where they differ by less than 0.05 %; these count as ties. (A network whose log-odds all lie
+    within a few thousandths of one value would be ranked coarsely.) `counts` is int64 [2, BINS].
     """
 
     DROPPED_BITS = 12
