@@ -93,9 +93,8 @@ def test_torch_export_at_any_size(arch):
 def test_torch_compile(arch):
     model = varied_model(arch)
     compiled = torch.compile(model)
-    for size in ((64, 64), (77, 90)):
-        image = torch.rand(1, 3, *size)
-        assert torch.allclose(outputs(compiled, image), outputs(model, image), atol=1e-4)
+    image = torch.rand(1, 3, 77, 90)
+    assert torch.allclose(outputs(compiled, image), outputs(model, image), atol=1e-4)
     logits = compiled.train()(torch.rand(2, 3, 64, 64))["out"]
     logits.square().mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
