@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 
 from my_dataset import OUTSIDE, DriveDataset
-from train_utils.command_line import run_script
+from train_utils.command_line import Parser, run_script
 
 
 def compute_mean_std(dataset: DriveDataset) -> tuple[np.ndarray, np.ndarray]:
@@ -20,11 +20,13 @@ def main(args: argparse.Namespace) -> None:
     mean, std = compute_mean_std(DriveDataset(args.data_path, train=True))
     print(f"mean: {mean}")
     print(f"std: {std}")
+    mean_flag, std_flag = (" ".join(f"{value:.3f}" for value in values) for values in (mean, std))
+    print(f"to train with these: --mean {mean_flag} --std {std_flag}")
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data-path", default="./", help="the folder that contains DRIVE (default: %(default)s)")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--data-path", default="./", help="the folder that contains DRIVE")
     return parser
 
 

@@ -3,6 +3,7 @@
 Source: J. Staal et al., "Ridge-based vessel segmentation in color images of the retina", IEEE TMI 23(4), 2004.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,15 @@ def find_drive(root: str | Path) -> Path:
     )
 
 
+def count_training_photographs(root: str | Path) -> int:
+    """How many photographs `training/images` holds.
+
+    Raises:
+        DatasetError: as `find_drive`; or there are none.
+    """
+    return len(_list_photographs(find_drive(root) / "training" / "images"))
+
+
 def has_test_labels(root: str | Path) -> bool:
     """Whether `test/1st_manual` holds labels; the official download has come without them for years."""
     return any((find_drive(root) / "test" / "1st_manual").glob("[!.]*.gif"))
@@ -82,7 +92,7 @@ class DriveDataset(Dataset):
         self.manual = [folder / "1st_manual" / f"{key}_manual1.gif" for key in keys]
         self.roi_mask = [folder / "mask" / f"{key}_{self.flag}_mask.gif" for key in keys]
         self._check_companions()
-        self.images = [read_photograph(path) for path in self.img_list]  # uint8 [H, W, 3] each
+        self.images = [_open(path, "RGB") for path in self.img_list]  # uint8 [H, W, 3] each
         self.labels = [
             _read_label(*paths, image.shape[:2])
             for *paths, image in zip(self.manual, self.roi_mask, self.img_list, self.images, strict=True)
@@ -149,18 +159,15 @@ def _split(photographs: list[Path], train: bool, val_split: int) -> list[Path]:
 
 def _open(path: Path, mode: str) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            return np.array(image.convert(mode))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is then raised, or read all the same
+            with Image.open(path) as image:
+                return np.array(image.convert(mode))
     except UnidentifiedImageError as error:
-        raise DatasetError(f"{path}: not an image; replace it from the DRIVE archive") from error
+        raise DatasetError(f"{path}: not an image, or a damaged one; replace it from the DRIVE archive") from error
     # Pillow reports damaged files by whatever its decoders run into.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         raise DatasetError(f"{path}: cannot be read ({error}); replace it from the DRIVE archive") from error
-
-
-def read_photograph(path: Path) -> np.ndarray:
-    """Decode a photograph as RGB, uint8 [H, W, 3]."""
-    return _open(path, "RGB")
 
 
 def read_binary_mask(path: Path) -> np.ndarray:
@@ -189,4 +196,6 @@ def _read_label(manual_path: Path, roi_path: Path, image_path: Path, size: tuple
                 f"{path}: is {mask.shape[1]} x {mask.shape[0]} pixels, but its photograph {image_path} is "
                 f"{size[1]} x {size[0]}; they must match"
             )
+    if not field_of_view.any():
+        raise DatasetError(f"{roi_path}: is black everywhere; the field of view must be white")
     return np.where(field_of_view, vessels, OUTSIDE).astype(np.uint8)

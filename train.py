@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from my_dataset import DatasetError, find_drive
 from src import create_model
+from train_utils.checkpoint import BEST_MODEL
 from train_utils.command_line import Parser, at_least, run_script, select_device
 from train_utils.data_loading import default_workers, evaluation_loader, training_loader
 from train_utils.files import make_output_folder
@@ -51,15 +53,20 @@ def main(args: argparse.Namespace) -> None:
     conclude_training(device, args)
     print(f"best Dice {best_dice:.3f}; the weights are in {args.output_dir}")
     if args.demo:
-        photograph = Path(args.data_path, "DRIVE", "test", "images", "01_test.tif")
+        photograph, roi_mask = val_data.img_list[0], val_data.roi_mask[0]
         print(
-            f"now try: python predict.py --weights {Path(args.output_dir, 'best_model.pth')} --image {photograph} "
-            f"--roi-mask {photograph.parents[1] / 'mask' / '01_test_mask.gif'} --output {args.data_path}/01_vessels.png"
+            f"now try: python predict.py --weights {Path(args.output_dir, BEST_MODEL)} --image {photograph} "
+            f"--roi-mask {roi_mask} --output {Path(args.output_dir, photograph.stem)}_vessels.png"
         )
 
 
 def make_demo_data(root: str) -> None:
-    if not Path(root, "DRIVE").exists():
+    """Write made-up photographs to `root/DRIVE`, unless there is a data set already."""
+    try:
+        find_drive(root)
+    except DatasetError:
+        if Path(root, "DRIVE").exists():
+            raise
         print(f"writing made-up photographs to {Path(root, 'DRIVE')}")
         make_output_folder(root, "--data-path")
         write_synthetic_drive(root, training=20, test=8)

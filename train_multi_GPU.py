@@ -10,7 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 from src import create_model
 from train_utils.command_line import Parser, UsageError, add_switch, at_least, run_script, select_device
 from train_utils.data_loading import evaluation_loader, training_loader
-from train_utils.distributed_utils import init_distributed_mode, is_main_process, leave_distributed_mode
+from train_utils.distributed_utils import (
+    init_distributed_mode,
+    is_main_process,
+    leave_distributed_mode,
+    on_main_process,
+)
 from train_utils.files import make_output_folder
 from train_utils.fit import add_training_flags, architecture_defaults, fit, model_arguments, open_datasets
 from train_utils.scores import conclude_training, score_weights
@@ -23,7 +28,7 @@ def main(args: argparse.Namespace) -> None:
         raise UsageError("--sync-bn: synchronised BatchNorm works on GPUs alone; leave it out on the CPU")
     if is_main_process():
         print(f"using {device.type} device in {args.world_size} process{'es' if args.world_size > 1 else ''}.")
-        make_output_folder(args.output_dir, "--output-dir")
+    on_main_process(make_output_folder, args.output_dir, "--output-dir")
     if args.test_only:
         score_weights(args.resume, device, args)
         leave_distributed_mode()

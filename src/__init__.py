@@ -59,7 +59,7 @@ def model_args_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, st
     Files of the tutorial carry no arguments; names and shapes of the first and last convolution tell them.
 
     Raises:
-        KeyError: the parameters are not those of one of these models.
+        KeyError, ValueError, IndexError: the parameters are not those of one of these models.
     """
     for arch, first in (("mobilenet_v3", "backbone.0.0.weight"), ("vgg16", "backbone.0.weight")):
         if first in state_dict:

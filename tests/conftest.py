@@ -5,10 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from train_utils.synthetic_drive import write_synthetic_drive
 
-SMALL_RUN = ["--base-c", "4", "--base-size", "80", "--crop-size", "48", "--lr", "0.05"]
+SMALL_RUN = ["--device", "cpu", "--base-c", "4", "--base-size", "80", "--crop-size", "48", "--lr", "0.05"]
+
+# Sums depend on the number of threads in the last bits, and the processes that tests start have one.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -100,12 +100,29 @@ def test_files_that_are_no_checkpoint(tmp_path):
     path = tmp_path / "weights.pth"
     save_checkpoint({"model": small_model().state_dict()}, path)
     whole = path.read_bytes()
-    contents = [b"", b"hello", b"<html>404</html>", os.urandom(5000), whole[: len(whole) // 2], whole[:-30], whole[50:]]
+    torch.save({"model": small_model().state_dict()}, path, _use_new_zipfile_serialization=False)
+    legacy = path.read_bytes()
+    contents = [legacy[: len(legacy) * share // 50] for share in range(1, 50)] + [
+        b"",
+        b"hello",
+        b"<html>404</html>",
+        os.urandom(5000),
+        whole[: len(whole) // 2],
+        whole[:-30],
+        whole[50:],
+    ]
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"weights\.pth: not a (whole )?file of weights"):
             load_checkpoint(path)
-    for content in ([1, 2], {"epoch": 3}, {"model": {}}, {"model": {"a": 1}}, torch.zeros(3)):
+    for content in (
+        [1, 2],
+        {"epoch": 3},
+        {"model": {}},
+        {"model": {"a": 1}},
+        {"model": {1: torch.zeros(1)}},
+        torch.zeros(3),
+    ):
         torch.save(content, path)
         with pytest.raises(CheckpointError, match=r"weights\.pth: holds no model weights"):
             load_checkpoint(path)
@@ -122,6 +139,9 @@ def test_weights_of_another_model(tmp_path):
     torch.save({"model": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "linear.pth")
     with pytest.raises(CheckpointError, match=r"linear\.pth: .*another model"):
         load_checkpoint(tmp_path / "linear.pth")
+    torch.save({"in_conv.0.weight": torch.zeros(3), "out_conv.0.weight": torch.zeros(())}, tmp_path / "flat.pth")
+    with pytest.raises(CheckpointError, match=r"flat\.pth: .*another model"):
+        load_checkpoint(tmp_path / "flat.pth")
     state = small_model().state_dict()
     state.pop("down2.1.0.weight")
     torch.save({"model": state}, tmp_path / "partial.pth")

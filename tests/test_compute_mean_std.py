@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 import compute_mean_std
+import train
 from my_dataset import DRIVE_MEAN, DRIVE_STD, DriveDataset
 
 
@@ -18,7 +19,11 @@ def test_mean_over_photographs_of_each_ones_own(drive, capsys):
     assert np.allclose(mean, np.mean(means, axis=0)) and np.allclose(std, np.mean(deviations, axis=0))
 
     compute_mean_std.main(compute_mean_std.get_parser().parse_args(["--data-path", str(drive)]))
-    assert capsys.readouterr().out == f"mean: {mean}\nstd: {std}\n"
+    output = capsys.readouterr().out
+    assert output.startswith(f"mean: {mean}\nstd: {std}\n")
+    flags = output.split(": ")[-1].split()
+    args = train.parse_args(flags)
+    assert args.mean == pytest.approx(mean, abs=5e-4) and args.std == pytest.approx(std, abs=5e-4)
 
 
 def test_constants_of_drive(real_drive):

@@ -57,7 +57,6 @@ def write_run(epochs):
 def test_resumed_run_goes_on_in_its_files(working_directory):
     before = write_run(3)
     resumed = ResultsFiles()
-    resumed.stem = "another"
     resumed.resume(before.stem, [*before.rows, row(3)])  # killed between the checkpoint and the results
     resumed.write()
     assert resumed.stem == before.stem
@@ -67,16 +66,20 @@ def test_resumed_run_goes_on_in_its_files(working_directory):
 def test_rows_of_later_epochs_are_not_lost(working_directory):
     before = write_run(5)
     resumed = ResultsFiles()
-    resumed.stem = "another"
     resumed.resume(before.stem, before.rows[:2])  # from an early checkpoint of a run that went on
     resumed.write()
-    assert resumed.stem == "another"
+    assert resumed.stem != before.stem
     assert Path(f"{before.stem}.txt").read_text().count("[epoch") == 5
 
 
 def test_nothing_is_written_without_a_row(working_directory):
     ResultsFiles().write()
     assert not list(working_directory.iterdir())
+
+
+def test_runs_of_the_same_second_have_files_of_their_own(working_directory):
+    stems = {write_run(1).stem for _ in range(4)}
+    assert len(stems) == 4 and len(list(working_directory.iterdir())) == 8
 
 
 def test_smoothed_value():

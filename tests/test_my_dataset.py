@@ -136,6 +136,12 @@ def test_label_of_another_size(drive):
         DriveDataset(drive, train=True)
 
 
+def test_black_field_of_view(drive):
+    Image.new("L", (80, 72)).save(drive / "DRIVE" / "training" / "mask" / "22_training_mask.gif")
+    with pytest.raises(DatasetError, match=r"22_training_mask\.gif: is black everywhere"):
+        DriveDataset(drive, train=True)
+
+
 def test_no_photographs(drive):
     for photograph in (drive / "DRIVE" / "training" / "images").iterdir():
         photograph.unlink()
@@ -150,6 +156,7 @@ def test_file_that_is_no_image(drive):
 
 
 @pytest.mark.parametrize("name", ["images/25_training.tif", "1st_manual/25_manual1.gif"])
+@pytest.mark.filterwarnings("error")  # no line but ours
 def test_truncated_files(drive, name):
     path = drive / "DRIVE" / "training" / name
     whole = path.read_bytes()

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import train
 from tests.conftest import SMALL_RUN
 from tests.processes import PROJECT, clean_environment
 from tests.test_train_multi_GPU import assert_same_state
-from train_utils import fit, load_checkpoint
+from train_utils import fit, load_checkpoint, save_checkpoint
 from train_utils.command_line import run_script
 
 LAST = Path("save_weights/last_model.pth")
@@ -85,6 +86,24 @@ def test_other_epochs_and_batch_size(shared_drive, working_directory, capsys):
     assert [row["lr"] for row in checkpoint["history"][4:]] == pytest.approx(expected)
 
 
+def test_other_photographs_to_validate_on(shared_drive, working_directory):
+    run(shared_drive, "--epochs", 1)
+    best = load_checkpoint(LAST) | {"best_dice": 0.99}  # on the test photographs
+    del best["path"]
+    save_checkpoint(best, LAST)
+    run(shared_drive, "--epochs", 2, "--resume", "auto", "--val-split", 2)
+    checkpoint = load_checkpoint(LAST)
+    assert checkpoint["selected_on"] == "held-out training (25, 26)" and checkpoint["best_dice"] < 0.99
+
+
+def test_what_to_resume_is_of_this_run(shared_drive, working_directory, monkeypatch, capsys):
+    run(shared_drive, "--epochs", 1)
+    interrupt_in(0, monkeypatch)
+    with pytest.raises(SystemExit):
+        run(shared_drive, "--epochs", 1, "--seed", 1)
+    assert capsys.readouterr().out.splitlines()[-1] == "interrupted in epoch 0; no epoch was saved yet"
+
+
 def test_a_full_disk_keeps_the_state_before(shared_drive, working_directory, capsys):
     run(shared_drive, "--epochs", 1)
     before = LAST.read_bytes()
@@ -107,9 +126,12 @@ def start_and_perhaps_kill(data, delay):
     command = [sys.executable, PROJECT / "train.py", "--data-path", data, *SMALL_RUN, "--epochs", "6"]
     command += ["--resume", "auto", "--device", "cpu", "--print-freq", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=clean_environment(), text=True)
+    watchdog = threading.Timer(120, process.kill)  # so that a hang of ours does not become one of the tests
+    watchdog.start()
     for line in process.stdout:
         if line.startswith("Epoch:"):
             break
+    watchdog.cancel()
     try:
         process.communicate(timeout=delay)
     except subprocess.TimeoutExpired:

@@ -1,5 +1,6 @@
 import argparse
 import csv
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import train
+from my_dataset import DatasetError
 from tests.conftest import SMALL_RUN
 from tests.test_checkpoint import save_as_the_tutorial
 from train_utils import fit, load_checkpoint
@@ -97,6 +99,12 @@ def test_a_run(shared_drive, working_directory, capsys):
     assert float(rows[0]["lr"]) == pytest.approx(0.05)
 
 
+def test_epochs_differ_in_what_they_draw(shared_drive, working_directory):
+    run(shared_drive, "--epochs", "3", "--lr", "0")
+    losses = [row["train_loss"] for row in csv_rows()]
+    assert len(set(losses)) == 3  # with weights that stand still
+
+
 def test_without_save_best_every_epoch_is_kept(shared_drive, working_directory):
     run(shared_drive, "--epochs", "2", "--save-best", "False", "--output-dir", "out")
     assert sorted(path.name for path in Path("out").glob("*.pth")) == ["last_model.pth", "model_0.pth", "model_1.pth"]
@@ -181,6 +189,14 @@ def test_training_folder_alone_holds_some_out(drive, working_directory, capsys):
     assert load_checkpoint("save_weights/last_model.pth")["args"]["val_split"] == 4
 
 
+def test_two_training_photographs_alone(drive, working_directory, capsys):
+    shutil.rmtree(drive / "DRIVE" / "test")
+    for number in range(23, 27):
+        (drive / "DRIVE" / "training" / "images" / f"{number}_training.tif").unlink()
+    run(drive, "--epochs", "1")
+    assert "validating on the last 1 training photographs" in capsys.readouterr().out
+
+
 def test_val_split_trains_on_the_rest(shared_drive, working_directory, monkeypatch):
     loaders = []
     monkeypatch.setattr(train, "fit", lambda model, *others: loaders.extend(others[:2]) or 0.5)
@@ -219,6 +235,8 @@ def test_wrong_data(drive, working_directory, capsys):
         (["--lr", "nan"], "--lr: must be a number of at least 0, found 'nan'"),
         (["--amp", "perhaps"], "--amp: must be True or False, found 'perhaps'"),
         (["--print-freq", "0"], "--print-freq: must be"),
+        (["--std", "0", "1", "1"], "--std: must be a number of at least 1e-06, found '0'"),
+        (["--seed", "99999999999999999999"], "--seed: must be a whole number of at least 0 and below"),
         (["--no-such-flag"], "--no-such-flag"),
     ],
 )
@@ -241,6 +259,7 @@ def test_wrong_files(shared_drive, working_directory, capsys):
     save_as_the_tutorial("wide.pth", train.create_model(base_c=8))
     assert "--base-c" in fails(capsys, *data, "--resume", "wide.pth")
     assert "--output-dir text.pth/out: cannot be written" in fails(capsys, *data, "--output-dir", "text.pth/out")
+    assert "--start-epoch 5: leaves nothing" in fails(capsys, *data, "--start-epoch", "5", "--epochs", "2")
     assert "--test-only" in fails(capsys, *data, "--test-only")
     assert not list(Path().glob("results*"))
 
@@ -253,11 +272,18 @@ def test_demo_changes_defaults_but_not_flags(monkeypatch):
 
 def test_demo_data_are_written_once(working_directory, monkeypatch):
     calls = []
-    monkeypatch.setattr(train, "write_synthetic_drive", lambda root, **count: calls.append(root))
-    train.make_demo_data("demo")
-    Path("demo/DRIVE").mkdir()
-    train.make_demo_data("demo")
+
+    def write(root, **count):
+        Path(root, "DRIVE", "training", "images").mkdir(parents=True)
+        calls.append(root)
+
+    monkeypatch.setattr(train, "write_synthetic_drive", write)
+    for root in ("demo", "demo", "demo/DRIVE"):
+        train.make_demo_data(root)
     assert calls == ["demo"]
+    Path("other/DRIVE").mkdir(parents=True)
+    with pytest.raises(DatasetError, match="no DRIVE data set"):
+        train.make_demo_data("other")
 
 
 def test_ctrl_c_says_where_the_last_state_lies(shared_drive, working_directory):

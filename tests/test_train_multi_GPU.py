@@ -1,6 +1,8 @@
 import argparse
 import os
 import signal
+import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from train_utils.command_line import UsageError, run_script
 from train_utils.distributed_utils import DistributedError, init_distributed_mode
 
 SCRIPT = PROJECT / "train_multi_GPU.py"
-SMALL = [*SMALL_RUN, "--device", "cpu", "-j", "0"]
+SMALL = [*SMALL_RUN, "-j", "0"]
 
 
 def parse(data, *flags):
@@ -57,6 +59,31 @@ def test_started_plainly_it_does_what_train_does(shared_drive, tmp_path, monkeyp
     train_multi_GPU.main(train_multi_GPU.parse_args(args))
     train.main(train.parse_args(args))
     assert_same_state(load_checkpoint("multi_train/last_model.pth"), load_checkpoint("save_weights/last_model.pth"))
+
+
+def test_a_batch_that_is_not_full_is_left_out(shared_drive, working_directory):
+    train_multi_GPU.main(parse(shared_drive, "--epochs", "2", "-b", "4"))  # of 6 photographs
+    assert load_checkpoint("multi_train/last_model.pth")["lr_scheduler"]["last_epoch"] == 2
+
+
+def test_wrong_device_and_folder(shared_drive, working_directory, capsys):
+    Path("file").touch()
+    for flag, value, named in (("--device", "toaster", "--device toaster: no"), ("--output-dir", "file/a", "file/a: ")):
+        with pytest.raises(SystemExit):
+            run_script(train_multi_GPU.main, parse(shared_drive, flag, value))
+        error = capsys.readouterr().err
+        assert named in error and error.count("\n") == 1
+
+
+def fail_on_the_main_process(meeting_point, data):
+    Path("file").touch()
+    run_script(train_multi_GPU.main, parse(data, "--dist-url", meeting_point, "--output-dir", "file/folder"))
+
+
+def test_an_error_of_the_main_process_alone_is_one_line_in_all(shared_drive, tmp_path):
+    printed = in_processes(fail_on_the_main_process, 2, tmp_path, f"file://{tmp_path}/meet", shared_drive)
+    assert printed[0].splitlines()[-1].endswith("(Not a directory); choose another folder")
+    assert "Traceback" not in "".join(printed)
 
 
 def test_sync_bn_without_a_gpu(shared_drive, working_directory):
@@ -245,11 +272,14 @@ def run_torchrun(data, folder, *flags, kill_in=(), workers=0):
     flags = ["--data-path", data, *SMALL, "-b", 1, "-j", workers, "--resume", "auto", *flags]
     process = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3", SCRIPT, *flags, cwd=folder)
     output, waiting = [], list(kill_in)
+    watchdog = threading.Timer(180, process.kill)  # so that a hang of ours does not become one of the tests
+    watchdog.start()
     for line in process.stdout:
         output.append(line)
         if waiting and line.startswith(f"Epoch: [{waiting[0]}]  [1/"):
             os.kill(children(process.pid)[len(waiting) % 2], signal.SIGKILL)
             waiting.pop(0)
+    watchdog.cancel()
     process.wait(timeout=60)
     assert process.returncode == 0 and not waiting, "".join(output)
     return load_checkpoint(folder / "multi_train" / "last_model.pth"), "".join(output)
@@ -264,10 +294,16 @@ def test_a_killed_rank_restarts_and_ends_in_the_same_weights(shared_drive, tmp_p
     assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["epoch", *"012345"]
 
 
+def free_port():
+    with socket.socket() as chosen:
+        chosen.bind(("localhost", 0))
+        return chosen.getsockname()[1]
+
+
 @pytest.mark.slow
 def test_two_machines(shared_drive, tmp_path):
     """The README's --nnodes line, with both agents on this machine."""
-    meeting = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:29417"]
+    meeting = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
     agents = []
     for node in range(2):
         folder = tmp_path / str(node)
@@ -294,7 +330,7 @@ def test_test_only_prints_the_scores(shared_drive, working_directory, capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_nccl_and_amp_in_one_process(shared_drive, tmp_path):
-    flags = ["--data-path", shared_drive, *SMALL_RUN, "--epochs", 3, "--amp", "--sync-bn"]
+    flags = ["--data-path", shared_drive, *SMALL_RUN, "--device", "cuda", "--epochs", 3, "--amp", "--sync-bn"]
     process = torchrun("--standalone", "--nproc_per_node=1", SCRIPT, *flags, cwd=tmp_path)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output

@@ -95,6 +95,15 @@ def test_up_pads_left_and_top_by_the_floor_half_and_puts_the_skip_first():
     assert torch.equal(joined[2], padded) and torch.equal(joined[3], padded)
 
 
+def test_up_reaches_from_corner_to_corner():
+    up = UNet(3, 2, base_c=2).up4
+    seen = []
+    up.conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    ramp = torch.tensor([0.0, 1.0, 2.0]).expand(1, 2, 3, 3)
+    up(ramp, torch.zeros(1, 2, 6, 6))
+    assert torch.allclose(seen[0][0, 2], torch.linspace(0, 2, 6).expand(6, 6))  # align_corners=True
+
+
 def test_create_model_and_back():
     for model_args in (
         {"arch": "unet", "in_channels": 3, "num_classes": 2, "base_c": 8, "bilinear": True},

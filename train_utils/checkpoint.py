@@ -10,6 +10,7 @@ probability above which a pixel is a vessel).
 import argparse
 import io
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,6 +27,20 @@ from .files import replace_whole
 LAST_MODEL, BEST_MODEL = "last_model.pth", "best_model.pth"
 
 Checkpoint = dict[str, Any]
+
+# What torch and its pickle reader stumble over in a truncated, altered or foreign file.
+_DAMAGE = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 class CheckpointError(ValueError):
@@ -60,8 +75,7 @@ def _read(path: Path) -> Any:
         raise CheckpointError(f"{path}: not a file of weights; give one that train.py wrote") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    # A truncated or foreign archive: torch and its pickle reader raise whatever they stumble over.
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{path}: not a whole file of weights; give one that train.py wrote") from error
 
 
@@ -90,9 +104,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if "model_args" not in checkpoint:
         try:
             checkpoint["model_args"] = model_args_from_state_dict(checkpoint["model"])
-        except KeyError as error:
+        except (KeyError, ValueError, IndexError) as error:
             raise CheckpointError(
-                f"{path}: holds the weights of another model, not of this U-Net (it has no {error.args[0]})"
+                f"{path}: holds the weights of another model ({error}); give a file that train.py wrote"
             ) from error
     checkpoint.setdefault("mean", list(DRIVE_MEAN))
     checkpoint.setdefault("std", list(DRIVE_STD))
@@ -103,7 +117,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(isinstance(name, str) and isinstance(item, Tensor) for name, item in value.items())
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -55,17 +55,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def at_least(low: int, kind: type = int) -> Callable[[str], int | float]:
-    """A flag's type: a finite number of `kind` that is not below `low`."""
+def at_least(low: float, kind: type = int) -> Callable[[str], int | float]:
+    """A flag's type: a finite number of `kind`, not below `low` (whole ones of 63 bits at most)."""
 
     def parse(text: str) -> int | float:
         try:
             number = kind(text)
         except ValueError:
             number = None
-        if number is None or not low <= number < float("inf"):
+        high = 2**63 if kind is int else float("inf")
+        if number is None or not low <= number < high:
             noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {noun} of at least {low}, found {text!r}")
+            limit = f" and below {high}" if number is not None and number >= high else ""
+            raise argparse.ArgumentTypeError(f"must be {noun} of at least {low}{limit}, found {text!r}")
         return number
 
     return parse

@@ -7,6 +7,7 @@ import argparse
 import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,23 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def on_main_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in the main process alone; every process returns what it returned, or raises what it raised.
+
+    An error in the main process alone would leave the others to die of a broken connection.
+    """
+    result = error = None
+    if is_main_process():
+        try:
+            result = function(*args)
+        except Exception as raised:
+            error = raised
+    result, error = broadcast_object((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every process's `value`, by rank, in every process."""
     values = [value]
@@ -91,7 +109,11 @@ def _slurm_rank(args: argparse.Namespace) -> tuple[int, int, int]:
                 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) before srun'
             )
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
+        # Two jobs on one machine must not meet each other.
+        os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+        # A plain start in a shell of an allocation waits for tasks that srun would have started.
+        if rank == 0:
+            print(f"waiting for the {world_size} tasks that SLURM announces (start them with srun)", flush=True)
     return rank, world_size, local_rank
 
 
@@ -135,7 +157,7 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
         )
     else:
         rank, world_size, local_rank = 0, 1, 0
-    use_cuda = torch.device(args.device).type == "cuda" and torch.cuda.is_available()
+    use_cuda = args.device.startswith("cuda") and torch.cuda.is_available()
     args.rank, args.world_size, args.gpu = rank, world_size, local_rank
     args.dist_backend = "nccl" if use_cuda else "gloo"
     # torchrun with one process is a group of one, so that NCCL is exercised on one GPU too.

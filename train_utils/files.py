@@ -40,6 +40,21 @@ def replace_whole(path: str | Path) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
+def create_new(path: str | Path) -> bool:
+    """Create an empty file; return False where there is one already.
+
+    Raises:
+        OutputError: it cannot be created.
+    """
+    try:
+        with open(path, "x"):
+            return True
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({_reason(error)})") from error
+
+
 def make_output_folder(path: str | Path, flag: str) -> Path:
     """Make a folder, and make sure now, not after an hour of training, that files can be written in it.
 

@@ -10,14 +10,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from my_dataset import DRIVE_MEAN, DRIVE_STD, OUTSIDE, DriveDataset, find_drive, has_test_labels
+from my_dataset import (
+    DRIVE_MEAN,
+    DRIVE_STD,
+    OUTSIDE,
+    DatasetError,
+    DriveDataset,
+    count_training_photographs,
+    find_drive,
+    has_test_labels,
+)
 from src import ARCHITECTURES, BackboneUNet
 from src.photograph import field_of_view_diameter
 from transforms import get_transform
 
 from .checkpoint import BEST_MODEL, LAST_MODEL, load_backbone_weights, save_checkpoint
 from .command_line import UsageError, add_switch, at_least, probability_or_auto
-from .distributed_utils import broadcast_buffers, is_main_process
+from .distributed_utils import broadcast_buffers, is_main_process, on_main_process
+from .files import make_output_folder
 from .logger import Row
 from .metrics import ConfusionMatrix
 from .tensorboard_log import TensorBoardLog
@@ -57,8 +67,14 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="channels at full resolution, of unet and of unet_paper (whose default is 64)",
     )
     add("--base-size", default=565, type=at_least(2), help="the training preset resizes to 0.5 - 1.2 times this")
-    add("--mean", nargs=3, default=list(DRIVE_MEAN), type=float, help="channel means (see compute_mean_std.py)")
-    add("--std", nargs=3, default=list(DRIVE_STD), type=float, help="channel standard deviations")
+    add(
+        "--mean",
+        nargs=3,
+        default=list(DRIVE_MEAN),
+        type=at_least(0, float),
+        help="channel means, by compute_mean_std.py",
+    )
+    add("--std", nargs=3, default=list(DRIVE_STD), type=at_least(1e-6, float), help="channel standard deviations")
     add("--crop-size", default=480, type=at_least(32), help="side of the training crops")
     add(
         "--val-split",
@@ -94,7 +110,12 @@ def open_datasets(args: argparse.Namespace) -> tuple[DriveDataset, DriveDataset]
     if args.val_split is None:
         args.val_split = 0
         if not has_test_labels(args.data_path):
-            args.val_split = VAL_SPLIT_WITHOUT_TEST_LABELS
+            args.val_split = min(VAL_SPLIT_WITHOUT_TEST_LABELS, count_training_photographs(args.data_path) - 1)
+            if not args.val_split:
+                raise DatasetError(
+                    f"--data-path {args.data_path}: a single training photograph, and no labels in test/1st_manual; "
+                    "nothing is left to validate on"
+                )
             if is_main_process():
                 print(
                     f"{find_drive(args.data_path) / 'test' / '1st_manual'} holds no labels (the official download has "
@@ -120,10 +141,12 @@ def fit(
 
     Raises:
         NonFiniteLossError: the loss or the weights became NaN or infinite; the state before that epoch is kept.
-        UsageError, CheckpointError, BackboneWeightsError: `args.backbone_weights` cannot be used.
+        UsageError, CheckpointError, BackboneWeightsError: `args.resume`, `args.start_epoch` or
+            `args.backbone_weights` cannot be used.
+        OutputError: a file cannot be written.
     """
     raw_model = model.module if isinstance(model, DistributedDataParallel) else model
-    num_classes = args.num_classes + 1
+    on_main_process(make_output_folder, ".", "the working directory (for the results files)")
     state = TrainingState(
         raw_model,
         device,
@@ -138,41 +161,48 @@ def fit(
         state.results.write()
         if args.tensorboard:
             tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch)
-    if state.epoch >= args.epochs and is_main_process():
-        print(f"nothing left to train: {state.epoch} epochs are done; raise --epochs {args.epochs} for more")
 
     try:
         while state.epoch < args.epochs:
-            started = time.time()
-            train_loader.sampler.set_epoch(state.epoch)
-            mean_loss, lr = train_one_epoch(
-                model,
-                state.optimizer,
-                train_loader,
-                device,
-                state.epoch,
-                num_classes,
-                state.lr_scheduler,
-                print_freq=args.print_freq,
-                scaler=state.scaler,
-            )
-            broadcast_buffers(raw_model)
-            _require_finite_weights(raw_model, state.epoch)
-            confusion_matrix, dice = evaluate(raw_model, val_loader, device, num_classes)
-            row = _results_row(state.epoch, mean_loss, lr, dice, confusion_matrix, time.time() - started)
+            row, confusion_matrix = _run_epoch(state, model, train_loader, val_loader, device)
             improved = state.finish_epoch(row)
             if is_main_process():
-                print(f"{confusion_matrix}\ndice coefficient: {dice:.3f}", flush=True)
-                _save(state, improved, args)
+                print(f"{confusion_matrix}\ndice coefficient: {row['dice']:.3f}", flush=True)
                 if tensorboard is not None:
                     tensorboard.write(row)
+            on_main_process(_save, state, improved, args)
+            state.saved_in = str(Path(args.output_dir, LAST_MODEL))
     except KeyboardInterrupt:
         if is_main_process():
-            print(f"interrupted in epoch {state.epoch}; {_where_to_resume(args)}")
+            print(f"interrupted in epoch {state.epoch}; {_where_to_resume(state)}")
         raise SystemExit(130) from None
     except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"{error}; {_where_to_resume(args)}") from error
+        raise NonFiniteLossError(f"{error}; {_where_to_resume(state)}") from error
     return state.best_dice
+
+
+def _run_epoch(
+    state: TrainingState, model: nn.Module, train_loader: DataLoader, val_loader: DataLoader, device: torch.device
+) -> tuple[Row, ConfusionMatrix]:
+    """Train for one epoch and evaluate; `model` is `state.model`, or what wraps it for training."""
+    args, num_classes = state.args, state.args.num_classes + 1
+    started = time.time()
+    train_loader.sampler.set_epoch(state.epoch)
+    mean_loss, lr = train_one_epoch(
+        model,
+        state.optimizer,
+        train_loader,
+        device,
+        state.epoch,
+        num_classes,
+        state.lr_scheduler,
+        print_freq=args.print_freq,
+        scaler=state.scaler,
+    )
+    broadcast_buffers(state.model)
+    _require_finite_weights(state.model, state.epoch)
+    confusion_matrix, dice = evaluate(state.model, val_loader, device, num_classes)
+    return _results_row(state.epoch, mean_loss, lr, dice, confusion_matrix, time.time() - started), confusion_matrix
 
 
 def _resume_or_pretrain(
@@ -180,9 +210,14 @@ def _resume_or_pretrain(
 ) -> None:
     if checkpoint := load_to_resume(args):
         state.restore(checkpoint)
+        if state.epoch >= args.epochs and is_main_process():
+            print(f"nothing left to train: {state.epoch} epochs are done; raise --epochs {args.epochs} for more")
         if state.best_dice is None:
-            # The tutorial's files do not say how good they are, and a worse epoch must not replace a better one.
+            # The tutorial's files do not say how good they are, nor does a Dice on other photographs; and a worse
+            # epoch must not replace a better one.
             state.best_dice = evaluate(state.model, val_loader, device, args.num_classes + 1)[1]
+    elif state.epoch >= args.epochs:
+        raise UsageError(f"--start-epoch {args.start_epoch}: leaves nothing of --epochs {args.epochs}; lower it")
     elif args.backbone_weights:
         _pretrain_backbone(state.model, args)
 
@@ -206,9 +241,10 @@ def _require_finite_weights(model: nn.Module, epoch: int) -> None:
         raise NonFiniteLossError(f"the weights became NaN or infinite at the end of epoch {epoch}; lower --lr")
 
 
-def _where_to_resume(args: argparse.Namespace) -> str:
-    path = Path(args.output_dir) / LAST_MODEL
-    return f"the last whole state is in {path}: --resume {path}" if path.exists() else "no epoch was saved yet"
+def _where_to_resume(state: TrainingState) -> str:
+    if state.saved_in is None:
+        return "no epoch was saved yet"
+    return f"the last whole state is in {state.saved_in}: --resume {state.saved_in}"
 
 
 def _results_row(

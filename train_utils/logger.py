@@ -3,6 +3,8 @@
 import csv
 import datetime
 import io
+import itertools
+import string
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .distributed_utils import is_main_process, sum_over_processes
-from .files import replace_whole
+from .files import create_new, replace_whole
 from .metrics import format_scores
 
 
@@ -40,7 +42,7 @@ class SmoothedValue:
         self.total, self.count = both[0].item(), int(both[1])
 
     def _window(self) -> Tensor:
-        return torch.tensor([float(value) for value in self.deque])
+        return torch.stack([torch.as_tensor(value) for value in self.deque]).float()
 
     @property
     def median(self) -> float:
@@ -63,9 +65,9 @@ class SmoothedValue:
         return float(self.deque[-1])
 
     def __str__(self) -> str:
-        return self.fmt.format(
-            median=self.median, avg=self.avg, global_avg=self.global_avg, max=self.max, value=self.value
-        )
+        # Only what the format names: each number of a series on a GPU is a wait for it.
+        names = [name for _, name, _, _ in string.Formatter().parse(self.fmt) if name]
+        return self.fmt.format(**{name: getattr(self, name) for name in names})
 
 
 class MetricLogger:
@@ -147,8 +149,22 @@ class ResultsFiles:
     """
 
     def __init__(self) -> None:
-        self.stem = f"results{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        self._stem: str | None = None
         self.rows: list[Row] = []
+
+    @property
+    def stem(self) -> str:
+        """The name without its ending: `results<time>`, of this run alone.
+
+        Raises:
+            train_utils.files.OutputError: the working directory cannot be written.
+        """
+        if self._stem is None:
+            now = f"results{datetime.datetime.now():%Y%m%d-%H%M%S}"
+            names = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(2)))
+            # A run that was started in the same second and place has taken the first of these.
+            self._stem = next(name for name in names if create_new(f"{name}.txt"))
+        return self._stem
 
     def resume(self, stem: str | None, rows: list[Row]) -> None:
         """Go on from a checkpoint's rows, in the files of that run unless these already tell of later epochs."""
@@ -157,7 +173,7 @@ class ResultsFiles:
             table = Path(f"{stem}.csv")
             written = len(table.read_text().splitlines()) - 1 if table.exists() else 0
             if written <= len(rows):
-                self.stem = stem
+                self._stem = stem
 
     def write(self) -> None:
         """Write both files, if there is a row.

@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from transforms import IGNORE_INDEX
+
 from .dice_coefficient_loss import build_target, dice_loss
 from .distributed_utils import sum_over_processes
 from .logger import MetricLogger, SmoothedValue
 from .metrics import ConfusionMatrix, DiceCoefficient
-
-IGNORE_INDEX = 255
 
 
 class NonFiniteLossError(ArithmeticError):

@@ -9,7 +9,7 @@ from torch import nn
 from my_dataset import DRIVE_FOV_DIAMETER
 
 from .checkpoint import LAST_MODEL, Checkpoint, CheckpointError, load_checkpoint, load_weights
-from .distributed_utils import broadcast_object, is_main_process
+from .distributed_utils import is_main_process, on_main_process
 from .logger import ResultsFiles, Row
 from .train_and_eval import create_lr_scheduler
 
@@ -27,6 +27,7 @@ SETTINGS = (
     "val_split",
     "mean",
     "std",
+    "sync_bn",
     "world_size",
 )
 
@@ -58,6 +59,7 @@ class TrainingState:
         self.epoch = args.start_epoch
         self.best_dice: float | None = -1.0  # so that the first epoch is always an improvement
         self.results = ResultsFiles()
+        self.saved_in: str | None = None  # the file that holds the state before the epoch to come
         self._start_schedule()
 
     def _start_schedule(self) -> None:
@@ -105,7 +107,10 @@ class TrainingState:
         if self.scaler is not None and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"] + 1
-        self.best_dice = checkpoint.get("best_dice")
+        self.saved_in = checkpoint["path"]
+        # A Dice on other photographs is no measure for the epochs to come.
+        same_photographs = checkpoint.get("selected_on", self.selected_on) == self.selected_on
+        self.best_dice = checkpoint.get("best_dice") if same_photographs else None
         self.results.resume(checkpoint.get("results"), checkpoint.get("history", []))
         self._start_schedule()
         self._report_changes(checkpoint["args"])
@@ -139,11 +144,11 @@ def load_to_resume(args: argparse.Namespace) -> Checkpoint | None:
     Raises:
         CheckpointError: the file that is named cannot be resumed from.
     """
-    checkpoint = None
-    if is_main_process() and args.resume:
-        auto = args.resume == "auto"
-        checkpoint = _newest_checkpoint(Path(args.output_dir)) if auto else _load(Path(args.resume))
-    return broadcast_object(checkpoint)
+    if not args.resume:
+        return None
+    if args.resume == "auto":
+        return on_main_process(_newest_checkpoint, Path(args.output_dir))
+    return on_main_process(_load, Path(args.resume))
 
 
 def _load(path: Path) -> Checkpoint:
