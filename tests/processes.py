@@ -1,5 +1,6 @@
 """Starting the scripts in several processes."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from typing import Any
 import torch.multiprocessing
 
 PROJECT = Path(__file__).parents[1]
+
+# Processes fork off one that has imported all this, which takes seconds, and has done nothing else.
+multiprocessing.set_forkserver_preload(["train_multi_GPU"])
 
 # The variables that torchrun or SLURM would set; a test must not inherit them.
 GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -43,7 +47,7 @@ def in_processes(function: Callable, world_size: int, folder: Path, *arguments: 
     A process that exits with another status than 0 does not fail the call: look for what it printed.
     """
     processes = torch.multiprocessing.start_processes(
-        _as_rank, (function, world_size, str(folder), arguments), world_size, join=False, start_method="spawn"
+        _as_rank, (function, world_size, str(folder), arguments), world_size, join=False, start_method="forkserver"
     ).processes
     for process in processes:
         process.join(timeout=90)
