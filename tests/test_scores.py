@@ -252,15 +252,6 @@ def test_photographs_without_vessels(drive, weights, working_directory):
     assert pooled["specificity"] == pooled["accuracy"] > 0
 
 
-def test_a_photograph_without_a_field_of_view(drive, weights, working_directory):
-    Image.new("L", (80, 72)).save(drive / "DRIVE" / "test" / "mask" / "01_test_mask.gif")
-    report = test_only(drive, weights)
-    row = csv_rows()[0]
-    assert row["accuracy"] == row["specificity"] == "" and float(row["dice"]) == 1
-    assert float(row["full_frame_dice"]) == 0  # its vessels are all missed
-    assert 0 < report["field_of_view"]["model"]["pooled"]["accuracy"] < 1
-
-
 def test_missing_test_labels(drive, weights, working_directory, capsys):
     shutil.rmtree(drive / "DRIVE" / "test" / "1st_manual")
     message = fails(capsys, "--data-path", str(drive), "--resume", str(weights))
