@@ -16,7 +16,7 @@ from train_utils.fit import add_training_flags, architecture_defaults, fit, mode
 from train_utils.scores import conclude_training, score_weights
 from train_utils.synthetic_drive import write_synthetic_drive
 
-# A small U-Net on small made-up photographs: the whole way in three minutes on two cores.
+# A small U-Net on small made-up photographs: the whole way in one to two minutes on two cores.
 DEMO_DEFAULTS = {
     "data_path": "./demo",
     "output_dir": "./demo/save_weights",
