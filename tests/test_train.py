@@ -1,5 +1,6 @@
 import argparse
 import csv
+import functools
 import shutil
 import signal
 import subprocess
@@ -288,7 +289,10 @@ def test_demo_data_are_written_once(working_directory, monkeypatch):
 
 def test_ctrl_c_says_where_the_last_state_lies(shared_drive, working_directory):
     command = [sys.executable, PROJECT / "train.py", "--data-path", shared_drive, *SMALL_RUN, "--epochs", "10000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Where the tests run in the background of a shell, they and their children ignore SIGINT.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, preexec_fn=heed, **pipes)
     for line in process.stdout:
         if line.startswith("Epoch: [2]"):
             break
