@@ -17,6 +17,7 @@ from .checkpoint import CheckpointError
 from .distributed_utils import DistributedError
 from .export import ExportError
 from .files import OutputError
+from .memory import keep_freed_memory
 from .train_and_eval import NonFiniteLossError
 
 
@@ -125,6 +126,7 @@ def select_device(name: str, index: int = 0) -> torch.device:
 
 def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Run a script's `main`; what the user can mend ends in one line on stderr and exit status 1."""
+    keep_freed_memory()
     try:
         main(args)
     except USER_ERRORS as error:
