@@ -5,15 +5,15 @@ import argparse
 import numpy as np
 
 from my_dataset import OUTSIDE, DriveDataset
+from src.photograph import channel_statistics
 from train_utils.command_line import Parser, run_script
 
 
 def compute_mean_std(dataset: DriveDataset) -> tuple[np.ndarray, np.ndarray]:
     """Mean over the photographs of each one's channel mean and standard deviation, in [0, 1], each float64 [3]."""
-    inside = [image[label != OUTSIDE] / 255 for image, label in zip(dataset.images, dataset.labels, strict=True)]
-    return np.mean([pixels.mean(axis=0) for pixels in inside], axis=0), np.mean(
-        [pixels.std(axis=0) for pixels in inside], axis=0
-    )
+    photographs = zip(dataset.images, dataset.labels, strict=True)
+    means, stds = zip(*(channel_statistics(image, label != OUTSIDE) for image, label in photographs), strict=True)
+    return np.mean(means, axis=0), np.mean(stds, axis=0)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -3,15 +3,18 @@
 Source: J. Staal et al., "Ridge-based vessel segmentation in color images of the retina", IEEE TMI 23(4), 2004.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 
 # Channel mean and standard deviation inside the field of view, over DRIVE's 20 training photographs, in [0, 1].
 DRIVE_MEAN = (0.709, 0.381, 0.224)
@@ -71,6 +74,7 @@ class DriveDataset(Dataset):
         transforms: called as `transforms(image, label)` on each item.
         val_split: hold the last `val_split` training photographs (sorted by name) out; `train=False` then gives
             these instead of the test photographs.
+        prepare: makes of a photograph, uint8 [H, W, 3], and its field of view, bool [H, W], what is to be kept of it.
 
     Items:
         `(image, label)`: an RGB PIL image, and an 8-bit PIL image with 0 = background, 1 = vessel, 255 = outside the
@@ -81,11 +85,18 @@ class DriveDataset(Dataset):
     """
 
     def __init__(
-        self, root: str | Path, train: bool, transforms: Callable | None = None, *, val_split: int = 0
+        self,
+        root: str | Path,
+        train: bool,
+        transforms: Callable | None = None,
+        *,
+        val_split: int = 0,
+        prepare: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self.flag = "training" if train or val_split else "test"
         self.held_out = bool(val_split) and not train
         self.transforms = transforms
+        self.on_device: list[tuple[tv_tensors.Image, tv_tensors.Mask]] = []  # in place of PIL images, see `to`
         folder = find_drive(root) / self.flag
         self.img_list = _split(_list_photographs(folder / "images"), train, val_split)
         keys = [path.name.split("_")[0] for path in self.img_list]
@@ -97,6 +108,26 @@ class DriveDataset(Dataset):
             _read_label(*paths, image.shape[:2])
             for *paths, image in zip(self.manual, self.roi_mask, self.img_list, self.images, strict=True)
         ]  # uint8 [H, W] each
+        if prepare is not None:
+            photographs = zip(self.images, self.labels, strict=True)
+            self.images = [prepare(image, label != OUTSIDE) for image, label in photographs]
+
+    def to(self, device: torch.device) -> "DriveDataset":
+        """These photographs in a device's memory: `transforms` gets `tv_tensors` there, not PIL images."""
+        moved = copy.copy(self)
+        moved.on_device = [
+            (
+                tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).contiguous().to(device)),
+                tv_tensors.Mask(torch.from_numpy(label).to(device)),
+            )
+            for image, label in zip(self.images, self.labels, strict=True)
+        ]
+        return moved
+
+    @property
+    def nbytes(self) -> int:
+        """What all photographs and labels take in memory."""
+        return sum(array.nbytes for array in (*self.images, *self.labels))
 
     def describe(self) -> str:
         """Which photographs these are: "test", "training", or with their names "held-out training (35, 36)"."""
@@ -114,7 +145,10 @@ class DriveDataset(Dataset):
                     )
 
     def __getitem__(self, idx: int) -> tuple[Any, Any]:
-        image, label = Image.fromarray(self.images[idx]), Image.fromarray(self.labels[idx])
+        if self.on_device:
+            image, label = self.on_device[idx]
+        else:
+            image, label = Image.fromarray(self.images[idx]), Image.fromarray(self.labels[idx])
         if self.transforms is not None:
             image, label = self.transforms(image, label)
         return image, label

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torchvision.utils import draw_segmentation_masks
 
 from my_dataset import DatasetError, read_binary_mask
+from src.inference import for_inference
 from src.photograph import (
     IMAGE_SUFFIXES,
     PhotographError,
-    blacken_bright_surroundings,
     field_of_view_diameter,
     find_field_of_view,
     list_photographs,
+    prepare,
     read_photograph,
 )
 from src.segment import match_scale, segment
@@ -78,6 +79,7 @@ def main(args: argparse.Namespace) -> None:
     require_roi_mask(args.roi_mask)
     model, checkpoint = load_model(args.weights, device)
     settle_by_checkpoint(args, checkpoint)
+    model = for_inference(model, amp=args.amp)
     make_output_folder(masks[0].parent, "--output")
 
     rows, failures = [], []
@@ -110,13 +112,14 @@ def predict(path: Path, model: nn.Module, checkpoint: Checkpoint, args: argparse
         UsageError: it does not fit into the memory of a GPU.
     """
     photograph = read_photograph(path)
-    field_of_view, diameter = choose_field_of_view(path, photograph, args.roi_mask)
+    field_of_view, retina = choose_field_of_view(path, photograph, args.roi_mask)
+    diameter = field_of_view_diameter(retina)
     scale = match_scale(diameter, checkpoint["fov_diameter"]) if args.scale == "auto" else args.scale
     started = time.perf_counter()
     try:
         probabilities = segment(
             model,
-            blacken_bright_surroundings(photograph, field_of_view),
+            prepare(photograph, retina, checkpoint),
             checkpoint["mean"],
             checkpoint["std"],
             scale=scale,
@@ -148,13 +151,13 @@ def require_roi_mask(choice: str | None) -> None:
         raise UsageError(f"--roi-mask {choice}: no such file or folder; give one, or auto, or none")
 
 
-def choose_field_of_view(path: Path, photograph: np.ndarray, choice: str | None) -> tuple[np.ndarray, float]:
-    """The field of view of a photograph, bool [H, W], by the flag --roi-mask, and its diameter in pixels."""
+def choose_field_of_view(path: Path, photograph: np.ndarray, choice: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Where vessels count in a photograph, by the flag --roi-mask, and where its retina is: bool [H, W] both."""
     mask_path = roi_mask_path(path, choice)
     if mask_path is None:
         found = find_field_of_view(photograph)
         # Without a mask the retina is as large as with one, and so are its vessels.
-        return np.ones_like(found) if choice == "none" else found, field_of_view_diameter(found)
+        return np.ones_like(found) if choice == "none" else found, found
     field_of_view = read_binary_mask(mask_path)
     (height, width), (mask_height, mask_width) = photograph.shape[:2], field_of_view.shape
     if (height, width) != (mask_height, mask_width):
@@ -164,7 +167,7 @@ def choose_field_of_view(path: Path, photograph: np.ndarray, choice: str | None)
         )
     if not field_of_view.any():
         raise PhotographError(f"--roi-mask {mask_path}: is black everywhere; the field of view must be white")
-    return field_of_view, field_of_view_diameter(field_of_view)
+    return field_of_view, field_of_view
 
 
 def roi_mask_path(path: Path, choice: str | None) -> Path | None:
@@ -310,7 +313,7 @@ def progress_line(prediction: Prediction) -> str:
 
 
 def settle_by_checkpoint(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Check the flags against the model, and replace `--threshold auto` by the checkpoint's.
+    """Check the flags against the model, and take `--threshold auto` and an open `--tta` from the checkpoint.
 
     Raises:
         UsageError: the model is not for colour photographs, or not for two classes where a flag needs that.
@@ -321,6 +324,8 @@ def settle_by_checkpoint(args: argparse.Namespace, checkpoint: Checkpoint) -> No
         raise UsageError(f"--weights {args.weights}: a model of {channels} input channels; photographs have 3")
     if classes > 2 and args.threshold != 0.5:
         raise UsageError(f"--threshold: has no meaning for the {classes} classes of {args.weights}; leave it out")
+    if args.tta is None:
+        args.tta = checkpoint.get("tta", False)
     if args.threshold == "auto":
         args.threshold = checkpoint.get("threshold", 0.5)
         origin = "from" if "threshold" in checkpoint else "none is stored in"
@@ -360,7 +365,12 @@ def get_parser() -> argparse.ArgumentParser:
         help="resize by this for the model; auto: to the field of view that it was trained on",
     )
     add("--threshold", default=0.5, type=probability_or_auto, help="of the probability; auto: as stored in the weights")
-    add_switch(parser, "--tta", default=False, help="average over the four flips, in four times the time")
+    add_switch(
+        parser,
+        "--tta",
+        default=None,
+        help="average over the four flips, in four times the time (default: as stored in the weights, else not)",
+    )
     add_switch(parser, "--save-prob", default=False, help="write the vessel probability too, as a 16-bit PNG")
     add_switch(parser, "--overlay", default=False, help="write the photograph with the vessels drawn in, too")
     add("--tile", type=at_least(64), metavar="N", help="side of overlapping tiles (default: as memory demands)")

@@ -12,8 +12,9 @@ from train_utils.checkpoint import BEST_MODEL
 from train_utils.command_line import Parser, at_least, run_script, select_device
 from train_utils.data_loading import default_workers, evaluation_loader, training_loader
 from train_utils.files import make_output_folder
-from train_utils.fit import add_training_flags, architecture_defaults, fit, model_arguments, open_datasets
+from train_utils.fit import add_training_flags, changed_defaults, fit, model_arguments, open_datasets
 from train_utils.scores import conclude_training, score_weights
+from train_utils.speed import evaluation_pixels, memory_format, place_photographs, settle_speed
 from train_utils.synthetic_drive import write_synthetic_drive
 
 # A small U-Net on small made-up photographs: the whole way in one to two minutes on two cores.
@@ -38,16 +39,23 @@ def main(args: argparse.Namespace) -> None:
     if args.test_only:
         score_weights(args.resume, device, args)
         return
-    train_data, val_data = open_datasets(args)
+    settle_speed(args, device)
+    train_data, val_data = place_photographs(open_datasets(args), device, args)
 
     torch.manual_seed(args.seed)
-    model = create_model(**model_arguments(args)).to(device)
+    model = create_model(**model_arguments(args)).to(device, memory_format=memory_format(args))
 
-    pin_memory = device.type == "cuda"
+    pin_memory = device.type == "cuda" and not args.device_data
     workers = default_workers(device, args.batch_size) if args.workers is None else args.workers
-    val_loader = evaluation_loader(val_data, workers, pin_memory=pin_memory)
+    val_loader = evaluation_loader(val_data, workers, pin_memory=pin_memory, batch_pixels=evaluation_pixels(args))
     train_loader = training_loader(
-        train_data, args.batch_size, workers, args.seed, drop_last=False, pin_memory=pin_memory
+        train_data,
+        args.batch_size,
+        workers,
+        args.seed,
+        drop_last=False,
+        pin_memory=pin_memory,
+        steps=args.steps_per_epoch,
     )
     best_dice = fit(model, train_loader, val_loader, device, args)
     conclude_training(device, args)
@@ -84,12 +92,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the flags; --arch and --demo change the defaults of some."""
+    """Read the flags; --recipe, --arch and --demo change the defaults of others."""
     parser = get_parser()
     asked = parser.parse_args(argv)
-    parser.set_defaults(**architecture_defaults(asked.arch))
-    if asked.demo:
-        parser.set_defaults(**DEMO_DEFAULTS)
+    parser.set_defaults(**changed_defaults(asked, DEMO_DEFAULTS if asked.demo else None))
     return parser.parse_args(argv)
 
 

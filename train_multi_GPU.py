@@ -17,8 +17,9 @@ from train_utils.distributed_utils import (
     on_main_process,
 )
 from train_utils.files import make_output_folder
-from train_utils.fit import add_training_flags, architecture_defaults, fit, model_arguments, open_datasets
+from train_utils.fit import add_training_flags, changed_defaults, fit, model_arguments, open_datasets
 from train_utils.scores import conclude_training, score_weights
+from train_utils.speed import evaluation_pixels, memory_format, place_photographs, settle_speed
 
 
 def main(args: argparse.Namespace) -> None:
@@ -33,15 +34,22 @@ def main(args: argparse.Namespace) -> None:
         score_weights(args.resume, device, args)
         leave_distributed_mode()
         return
-    train_data, val_data = open_datasets(args)
-    pin_memory = device.type == "cuda"
+    settle_speed(args, device)
+    train_data, val_data = place_photographs(open_datasets(args), device, args)
+    pin_memory = device.type == "cuda" and not args.device_data
     train_loader = training_loader(
-        train_data, args.batch_size, args.workers, args.seed, drop_last=True, pin_memory=pin_memory
+        train_data,
+        args.batch_size,
+        args.workers,
+        args.seed,
+        drop_last=True,
+        pin_memory=pin_memory,
+        steps=args.steps_per_epoch,
     )
-    val_loader = evaluation_loader(val_data, args.workers, pin_memory=pin_memory)
+    val_loader = evaluation_loader(val_data, args.workers, pin_memory=pin_memory, batch_pixels=evaluation_pixels(args))
 
     torch.manual_seed(args.seed)
-    raw_model = create_model(**model_arguments(args)).to(device)
+    raw_model = create_model(**model_arguments(args)).to(device, memory_format=memory_format(args))
     require_a_step(len(train_data), args)
     best_dice = fit(wrap(raw_model, args), train_loader, val_loader, device, args)
     conclude_training(device, args)
@@ -52,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
 
 def require_a_step(photographs: int, args: argparse.Namespace) -> None:
     share = -(-photographs // args.world_size)
-    if share < args.batch_size:
+    if args.steps_per_epoch is None and share < args.batch_size:
         raise UsageError(
             f"--batch-size {args.batch_size}: {photographs} training photographs over {args.world_size} processes are "
             f"{share} for each, less than a batch; use --batch-size {share} or less, or a smaller --nproc_per_node"
@@ -81,9 +89,9 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the flags; --arch changes the defaults of some."""
+    """Read the flags; --recipe and --arch change the defaults of others."""
     parser = get_parser()
-    parser.set_defaults(**architecture_defaults(parser.parse_args(argv).arch))
+    parser.set_defaults(**changed_defaults(parser.parse_args(argv)))
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,11 @@
 """Paired transforms of an image and its label, and the presets for training and evaluation.
 
 Every transform takes and returns `(image, target)`: PIL images, or `tv_tensors.Image` [C, H, W] with
-`tv_tensors.Mask` [H, W]. All randomness comes from torch's global generator.
+`tv_tensors.Mask` [H, W] on any device. All randomness comes from torch's global generator of the CPU, and nothing reads
+a pixel on the host: a GPU works through the transforms without waiting.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -100,6 +104,59 @@ class RandomCrop:
         )
 
 
+class RandomAffineCrop:
+    """Resize, turn by any angle, mirror and cut out a square of `size` pixels, all at random and in one resampling.
+
+    The image is interpolated bilinearly, the label takes its nearest pixel. What lies beyond the frame is 0 in the
+    image and 255 in the label. The centre is drawn so that an upright square would lie within the frame.
+
+    Args:
+        size: side of the square, pixels.
+        min_size, max_size: what the shorter side is resized to, drawn evenly on a logarithmic scale, pixels.
+    """
+
+    def __init__(self, size: int, min_size: float, max_size: float) -> None:
+        self.size = size
+        self.min_size, self.max_size = min_size, max_size
+
+    def __call__(self, image: Any, target: Any) -> tuple[Tensor, Tensor]:
+        image, target = ToTensor()(image, target)
+        height, width = target.shape
+        zoom, angle, mirror, x, y = torch.rand(5).tolist()
+        shorter_side = self.min_size * (self.max_size / self.min_size) ** zoom
+        side = self.size / shorter_side * min(height, width)  # of the square in the picture as it is, pixels
+        cosine, sine = side * math.cos(2 * math.pi * angle), side * math.sin(2 * math.pi * angle)
+        # A mirrored square that is turned by any angle may be mirrored along either axis: they are the same squares.
+        flip = -1 if mirror < 0.5 else 1
+        centre_x, centre_y = (
+            (min(side, length) + (length - min(side, length)) * 2 * place) / 2
+            for place, length in ((x, width), (y, height))
+        )
+        # From the square's coordinates to the picture's, from -1 to 1 both.
+        matrix = torch.tensor(
+            [
+                [flip * cosine / width, -sine / width, 2 * centre_x / width - 1],
+                [flip * sine / height, cosine / height, 2 * centre_y / height - 1],
+            ]
+        )
+        grid = affine_grid(matrix[None], [1, 1, self.size, self.size], align_corners=False).to(image.device)
+        image = grid_sample(image[None], grid, mode="bilinear", align_corners=False)[0]
+        # Sampling gives 0 beyond the frame, so 255 must be 0 meanwhile.
+        shifted = target[None, None].float() - IGNORE_INDEX
+        target = grid_sample(shifted, grid, mode="nearest", align_corners=False)[0, 0] + IGNORE_INDEX
+        return image, target.to(torch.int64)
+
+
+class ColorJitter:
+    """torchvision's ColorJitter, of the image alone."""
+
+    def __init__(self, **strengths: float) -> None:
+        self.jitter = v2.ColorJitter(**strengths)
+
+    def __call__(self, image: Any, target: Any) -> tuple[Any, Any]:
+        return self.jitter(image), target
+
+
 class CenterCrop:
     """Cut the central square of `size` pixels; smaller pictures are padded at the right and bottom first."""
 
@@ -127,9 +184,15 @@ class Normalize:
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean = list(mean)
         self.std = list(std)
+        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return F.normalize(image, self.mean, self.std), target
+        # torchvision's function would copy the numbers to the image's device every time, for which a GPU waits.
+        if image.device not in self._constants:
+            mean, std = (torch.tensor(values, device=image.device).view(-1, 1, 1) for values in (self.mean, self.std))
+            self._constants[image.device] = mean, std
+        mean, std = self._constants[image.device]
+        return (image - mean) / std, target
 
 
 class SegmentationPresetTrain:
@@ -160,6 +223,33 @@ class SegmentationPresetTrain:
         return self.transforms(image, target)
 
 
+class SegmentationPresetRotation:
+    """Crops with the shorter side at 0.8 to 1.15 times `base_size`, turned by any angle, mirrored, of varied colour.
+
+    Vessels of one or two pixels do not survive much shrinking: a label brought to 0.6 of its size and back has a Dice
+    of 0.86 against itself.
+    """
+
+    def __init__(
+        self,
+        base_size: int = 565,
+        crop_size: int = 256,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self.transforms = Compose(
+            [
+                RandomAffineCrop(crop_size, 0.8 * base_size, 1.15 * base_size),
+                ColorJitter(brightness=0.25, contrast=0.25, saturation=0.25, hue=0.01),
+                Normalize(mean, std),
+            ]
+        )
+
+    def __call__(self, image: Any, target: Any) -> tuple[Tensor, Tensor]:
+        return self.transforms(image, target)
+
+
 class SegmentationPresetEval:
     """The whole picture at its own size, as a normalised tensor."""
 
@@ -170,10 +260,18 @@ class SegmentationPresetEval:
         return self.transforms(image, target)
 
 
+AUGMENTATIONS = {"tutorial": SegmentationPresetTrain, "rotation": SegmentationPresetRotation}
+
+
 def get_transform(
-    train: bool, mean: Sequence[float], std: Sequence[float], base_size: int = 565, crop_size: int = 480
-) -> SegmentationPresetTrain | SegmentationPresetEval:
-    """The training preset where `train`, else the evaluation preset."""
+    train: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+    base_size: int = 565,
+    crop_size: int = 480,
+    augmentation: str = "tutorial",
+) -> SegmentationPresetTrain | SegmentationPresetRotation | SegmentationPresetEval:
+    """The training preset that `augmentation` names where `train`, else the evaluation preset."""
     if train:
-        return SegmentationPresetTrain(base_size, crop_size, mean=mean, std=std)
+        return AUGMENTATIONS[augmentation](base_size, crop_size, mean=mean, std=std)
     return SegmentationPresetEval(mean=mean, std=std)

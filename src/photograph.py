@@ -3,8 +3,9 @@
 import glob
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
@@ -152,6 +153,41 @@ def blacken_bright_surroundings(photograph: np.ndarray, field_of_view: np.ndarra
     rim = 1 + round(field_of_view_diameter(field_of_view) / 500)
     inner = Image.fromarray(field_of_view.astype(np.uint8)).filter(ImageFilter.MinFilter(2 * rim + 1))
     return np.where(np.array(inner)[:, :, None] > 0, photograph, 0).astype(np.uint8)
+
+
+def channel_statistics(photograph: np.ndarray, field_of_view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Channel means and standard deviations, float64 [3] each in [0, 1], inside a field of view, bool [H, W]."""
+    pixels = photograph[field_of_view] / 255
+    return pixels.mean(axis=0), pixels.std(axis=0)
+
+
+def match_colours(
+    photograph: np.ndarray, field_of_view: np.ndarray, mean: Sequence[float], std: Sequence[float]
+) -> np.ndarray:
+    """A photograph, uint8 [H, W, 3], with the channel `mean` and `std` (in [0, 1]) inside its field of view.
+
+    This makes photographs of any camera look alike: to normalise the result with `mean` and `std` is to normalise the
+    photograph by its own, but for the values that leave the range of 8 bits. Outside the field of view it is black.
+    """
+    own_mean, own_std = channel_statistics(photograph, field_of_view)
+    scale = np.asarray(std) / np.maximum(own_std, 1 / 255)  # of a channel that is one grey all over, nothing is made
+    levels = ((np.arange(256)[:, None] / 255 - own_mean) * scale + mean) * 255  # [256, 3]
+    levels = np.rint(levels).clip(0, 255).astype(np.uint8)
+    matched = np.stack([levels[photograph[..., channel], channel] for channel in range(3)], axis=2)
+    return np.where(field_of_view[..., None], matched, 0)
+
+
+def prepare(photograph: np.ndarray, field_of_view: np.ndarray, checkpoint: Mapping[str, Any]) -> np.ndarray:
+    """A photograph, uint8 [H, W, 3], as the model of a checkpoint is to see it: its surroundings and its colours.
+
+    Args:
+        photograph: as `read_photograph` gives it.
+        field_of_view: bool [H, W].
+        checkpoint: `mean`, `std` and, where it is not "dataset", `normalization` count.
+    """
+    if checkpoint.get("normalization") == "photograph" and field_of_view.any():
+        return match_colours(photograph, field_of_view, checkpoint["mean"], checkpoint["std"])
+    return blacken_bright_surroundings(photograph, field_of_view)
 
 
 def _find_outline(photograph: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 import predict
 from my_dataset import DRIVE_MEAN, DRIVE_STD, DriveDataset
 from src import create_model
+from src.inference import for_inference
 from src.photograph import find_field_of_view, read_photograph
 from src.segment import normalise, segment
 from tests.test_checkpoint import save_as_the_tutorial
@@ -115,7 +116,7 @@ def test_without_flags_as_the_tutorial(working_directory, weights, shared_drive,
 @pytest.mark.parametrize("roi_mask", [None, "auto"])
 def test_the_prediction_is_that_of_evaluate(tmp_path, weights, shared_drive, roi_mask):
     dataset = DriveDataset(shared_drive, False, get_transform(False, MEAN, STD))
-    model, _ = load_model(weights, CPU)
+    model = for_inference(load_model(weights, CPU)[0])  # as evaluate runs it
     flags = ["--roi-mask", roi_mask] if roi_mask else []
     run("--weights", weights, "--image", *dataset.img_list, "--output", tmp_path / "out", *flags)
     for path, (image, label) in zip(dataset.img_list, evaluation_loader(dataset, 0, pin_memory=False), strict=True):

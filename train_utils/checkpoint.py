@@ -2,8 +2,10 @@
 
 A checkpoint is a dict of tensors and plain values with the tutorial's keys (`model`, `optimizer`, `lr_scheduler`,
 `epoch`, `args`, with AMP `scaler`) and this project's: `model_args` (of `src.create_model`), `mean` and `std` (how the
-photographs were normalised), `fov_diameter` (pixels across their fields of view), `best_dice`, `history` (the rows of
-the results files), `selected_on` (the photographs that the best epoch was chosen on) and, once chosen, `threshold` (the
+photographs were normalised), `normalization` ("photograph" where each was first brought to that mean and std by its
+own), `fov_diameter` (pixels across their fields of view), `best_dice`, `history` (the rows of the results files),
+`selected_on` (the photographs that the best epoch was chosen on), `tta` (whether to take the mean over flips); where
+the weights are an average, `training_model` (those that training goes on from); and once chosen, `threshold` (the
 probability above which a pixel is a vessel).
 """
 
@@ -87,8 +89,8 @@ def _without_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint of this project or of the tutorial, or a bare state dict, onto the CPU.
 
-    `model`, `model_args`, `mean`, `std`, `fov_diameter`, `args` (a dict) and `path` are there whatever wrote the file;
-    the rest only where it was in the file.
+    `model`, `model_args`, `mean`, `std`, `normalization`, `fov_diameter`, `args` (a dict) and `path` are there whatever
+    wrote the file; the rest only where it was in the file.
 
     Raises:
         CheckpointError: no such file; no checkpoint; pickled code inside (which is not executed); not a U-Net's.
@@ -110,6 +112,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             ) from error
     checkpoint.setdefault("mean", list(DRIVE_MEAN))
     checkpoint.setdefault("std", list(DRIVE_STD))
+    checkpoint.setdefault("normalization", "dataset")
     checkpoint.setdefault("fov_diameter", DRIVE_FOV_DIAMETER)
     args = checkpoint.get("args", {})
     checkpoint["args"] = vars(args) if isinstance(args, argparse.Namespace) else args
@@ -137,7 +140,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{path}: the weights of another model: at {name} this model has {sides[0]}, the file {sides[1]}"
             + (f" (and {len(wrong) - 1} more differ)" if len(wrong) > 1 else "")
-            + "; give the flags that it was trained with, such as --arch, --base-c and --num-classes"
+            + "; give the flags that it was trained with, such as --recipe, --arch, --base-c and --num-classes"
         )
     if not all(value.isfinite().all() for value in found.values()):
         raise CheckpointError(f"{path}: the weights hold NaN or infinite values; train again with a lower --lr")

@@ -87,6 +87,14 @@ def probability_or_auto(text: str) -> float | str:
     return number
 
 
+def fraction(text: str) -> float:
+    """A flag's type: a number of at least 0 and below 1."""
+    number = at_least(0, float)(text)
+    if number >= 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0 and below 1, found {text!r}")
+    return number
+
+
 def boolean(text: str) -> bool:
     values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in values:
@@ -94,7 +102,7 @@ def boolean(text: str) -> bool:
     return values[text.lower()]
 
 
-def add_switch(parser: argparse.ArgumentParser, *names: str, default: bool, help: str) -> None:
+def add_switch(parser: argparse.ArgumentParser, *names: str, default: bool | None, help: str) -> None:
     """Add a switch that is understood as `--name`, `--no-name`, `--name True` and `--name False`."""
     action = parser.add_argument(*names, nargs="?", const=True, default=default, type=boolean, help=help)
     negations = [f"--no-{name.removeprefix('--')}" for name in names]

@@ -4,8 +4,11 @@ Neither the number of workers, nor what was drawn before, nor an interruption ch
 what makes a resumed run end in the same weights as an undisturbed one.
 """
 
+import functools
+import math
 import os
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,8 +16,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from my_dataset import DriveDataset
+from src.photograph import match_colours
 
 from .distributed_utils import get_rank, get_world_size
+
+
+def photograph_preparation(normalization: Mapping[str, Any]) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+    """What `DriveDataset` is to do to each photograph, by `normalization`, `mean` and `std` of a run or checkpoint."""
+    if normalization.get("normalization") != "photograph":
+        return None
+    return functools.partial(match_colours, mean=normalization["mean"], std=normalization["std"])
 
 
 def derive_seed(*numbers: int) -> int:
@@ -42,36 +53,51 @@ class TrainingSampler(Sampler):
     """This process's share of an epoch: a permutation of the samples, with the seed of each one's augmentation.
 
     Where the processes do not divide the samples, the first of the permutation are used again (as PyTorch's
-    DistributedSampler does), so that all processes take equally many steps. Call `set_epoch` before each epoch.
+    DistributedSampler does), so that all processes take equally many steps. With `samples`, an epoch has so many in
+    each process, out of as many permutations as that takes. Call `set_epoch` before each epoch.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
+    def __init__(self, length: int, seed: int, samples: int | None = None) -> None:
         self.length = length
         self.seed = seed
         self.epoch = 0
         self.rank, self.world_size = get_rank(), get_world_size()
+        self.samples = samples
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        total = len(self) * self.world_size
         order = torch.randperm(self.length, generator=generator).tolist()
-        for position in range(self.rank, len(self) * self.world_size, self.world_size):
-            yield order[position % self.length], derive_seed(self.seed, self.epoch, position)
+        while self.samples and len(order) < total:
+            order += torch.randperm(self.length, generator=generator).tolist()
+        for position in range(self.rank, total, self.world_size):
+            yield order[position % len(order)], derive_seed(self.seed, self.epoch, position)
 
     def __len__(self) -> int:
-        return -(-self.length // self.world_size)
+        return self.samples or -(-self.length // self.world_size)
 
 
 def training_loader(
-    dataset: DriveDataset, batch_size: int, workers: int, seed: int, *, drop_last: bool, pin_memory: bool
+    dataset: DriveDataset,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    *,
+    drop_last: bool,
+    pin_memory: bool,
+    steps: int | None = None,
 ) -> DataLoader:
-    """Shuffled, augmented batches of this process; its `sampler.set_epoch` chooses the epoch."""
+    """Shuffled, augmented batches of this process; its `sampler.set_epoch` chooses the epoch.
+
+    An epoch has `steps` batches; without a number, as many as it takes to see each photograph once.
+    """
     return DataLoader(
         SeededDataset(dataset),
         batch_size=batch_size,
-        sampler=TrainingSampler(len(dataset), seed),
+        sampler=TrainingSampler(len(dataset), seed, steps and steps * batch_size),
         num_workers=_useful(workers),
         collate_fn=dataset.collate_fn,
         drop_last=drop_last,
@@ -80,17 +106,37 @@ def training_loader(
     )
 
 
-def evaluation_loader(dataset: DriveDataset, workers: int, *, pin_memory: bool) -> DataLoader:
-    """This process's share of the photographs, one a batch, each in exactly one process; the share may be empty."""
+def evaluation_loader(
+    dataset: DriveDataset, workers: int, *, pin_memory: bool, batch_pixels: int | None = None
+) -> DataLoader:
+    """This process's share of the photographs, each in exactly one process; the share may be empty.
+
+    There is one photograph a batch; with `batch_pixels`, as many of one size as have so many pixels.
+    """
+    share = range(get_rank(), len(dataset), get_world_size())
+    if batch_pixels is None:
+        batches = {"batch_size": 1, "sampler": share}
+    else:
+        batches = {"batch_sampler": _of_one_size(share, dataset, batch_pixels)}
     return DataLoader(
         dataset,
-        batch_size=1,
-        sampler=range(get_rank(), len(dataset), get_world_size()),
+        **batches,
         num_workers=_useful(workers),
         collate_fn=dataset.collate_fn,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
     )
+
+
+def _of_one_size(share: Iterable[int], dataset: DriveDataset, batch_pixels: int) -> list[list[int]]:
+    by_size = defaultdict(list)
+    for index in share:
+        by_size[dataset.labels[index].shape].append(index)
+    batches = []
+    for (height, width), indices in by_size.items():
+        count = math.ceil(len(indices) / max(batch_pixels // (height * width), 1))
+        batches += [indices[first::count] for first in range(count)]
+    return batches
 
 
 def _useful(workers: int) -> int:

@@ -35,7 +35,8 @@ def export_onnx(weights: str | Path, path: str | Path) -> None:
     """Write a model as ONNX: `image` float32 [batch, C, height, width] -> `logits` [batch, num_classes, height, width].
 
     The number of images and their size (32 pixels and more) are free. The image is to be normalised: the metadata of
-    the file hold, as JSON, the `mean` and `std` of the channels in [0, 1], and the `model_args`.
+    the file hold, as JSON, the `mean` and `std` of the channels in [0, 1], the `normalization` (where it is
+    "photograph", `src.photograph.match_colours` brings photographs to these first), and the `model_args`.
 
     Args:
         weights: the file of weights.
@@ -64,7 +65,7 @@ def export_onnx(weights: str | Path, path: str | Path) -> None:
             dynamic_shapes={"image": {0: free, 2: free, 3: free}},
             dynamo=True,
         )
-    for name in ("mean", "std", "model_args"):
+    for name in ("mean", "std", "normalization", "model_args"):
         program.model.metadata_props[name] = json.dumps(checkpoint[name])
     with replace_whole(path) as file:
         file.write(program.model_proto.SerializeToString())

@@ -3,7 +3,9 @@
 import argparse
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,14 +24,17 @@ from my_dataset import (
 )
 from src import ARCHITECTURES, BackboneUNet
 from src.photograph import field_of_view_diameter
-from transforms import get_transform
+from transforms import AUGMENTATIONS, get_transform
 
 from .checkpoint import BEST_MODEL, LAST_MODEL, load_backbone_weights, save_checkpoint
-from .command_line import UsageError, add_switch, at_least, probability_or_auto
+from .command_line import UsageError, add_switch, at_least, fraction, probability_or_auto
+from .data_loading import photograph_preparation
 from .distributed_utils import broadcast_buffers, is_main_process, on_main_process
 from .files import make_output_folder
 from .logger import Row
 from .metrics import ConfusionMatrix
+from .recipes import RECIPES
+from .speed import add_speed_flags, amp_dtype
 from .tensorboard_log import TensorBoardLog
 from .train_and_eval import NonFiniteLossError, evaluate, train_one_epoch
 from .training_state import TrainingState, load_to_resume
@@ -40,19 +45,45 @@ VAL_SPLIT_WITHOUT_TEST_LABELS = 4
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of both training scripts, with the tutorial's names and defaults."""
     add = parser.add_argument
+    add(
+        "--recipe",
+        default="tutorial",
+        choices=list(RECIPES),
+        help="named defaults for the other flags (train_utils/recipes.py): the tutorial's; its Dice in minutes on a "
+        "CPU; the best Dice",
+    )
     add("--data-path", default="./", help="the folder that contains DRIVE")
     add("--num-classes", default=1, type=at_least(1), help="classes without the background")
     add("--device", default="cuda", help="where to train; cuda means the CPU where there is no GPU")
-    add("-b", "--batch-size", default=4, type=at_least(1), help="photographs a step, in each process")
-    add("--epochs", default=200, type=at_least(1), help="epochs of the whole run")
-    add("--lr", default=0.01, type=at_least(0, float), help="peak learning rate")
+    add("-b", "--batch-size", type=at_least(1), help="photographs a step, in each process")
+    add("--epochs", type=at_least(1), help="epochs of the whole run")
+    add(
+        "--steps-per-epoch",
+        type=at_least(1),
+        metavar="N",
+        help="steps an epoch, however many photographs there are (default: each photograph once)",
+    )
+    add("--optimizer", choices=["sgd", "adamw"], help="optimizer")
+    add("--lr", type=at_least(0, float), help="peak learning rate")
     add("--momentum", default=0.9, type=at_least(0, float), help="momentum of SGD")
-    add("--wd", "--weight-decay", default=1e-4, type=at_least(0, float), dest="weight_decay", help="weight decay")
-    add("--print-freq", default=1, type=at_least(1), help="steps between progress lines")
+    add("--wd", "--weight-decay", type=at_least(0, float), dest="weight_decay", help="weight decay")
+    add(
+        "--schedule",
+        choices=["poly", "one-cycle"],
+        help="of the learning rate: an epoch of warm-up, then a polynomial decay; or one cycle, up and down on cosines",
+    )
+    add("--vessel-weight", type=at_least(0, float), help="weight of the vessels in the cross-entropy (background: 1)")
+    add("--dice-loss", choices=["all", "foreground"], help="classes that the Dice loss averages over")
+    add(
+        "--ema-decay",
+        type=fraction,
+        help="evaluate and keep the exponential moving average of the weights, with this decay a step; 0: none",
+    )
+    add("--print-freq", type=at_least(1), help="steps between progress lines")
     add("--resume", default="", help="go on from this checkpoint; 'auto' means the newest in --output-dir, if any")
     add("--start-epoch", "--start_epoch", default=0, type=at_least(0), help="first epoch, where not resumed")
     add_switch(parser, "--save-best", default=True, help="keep the best epoch alone, not every one")
-    add_switch(parser, "--amp", default=False, help="automatic mixed precision (on a GPU)")
+    add_speed_flags(parser)
     add("--seed", default=0, type=at_least(0), help="the same seed gives the same numbers")
     add("--arch", default="unet", choices=list(ARCHITECTURES), help="architecture of the model")
     add(
@@ -62,11 +93,25 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--base-c",
-        default=32,
         type=at_least(1),
         help="channels at full resolution, of unet and of unet_paper (whose default is 64)",
     )
-    add("--base-size", default=565, type=at_least(2), help="the training preset resizes to 0.5 - 1.2 times this")
+    add(
+        "--augmentation",
+        choices=list(AUGMENTATIONS),
+        help="training preset: the tutorial's; or scales nearer to 1, any rotation and colour jitter",
+    )
+    add(
+        "--base-size",
+        default=565,
+        type=at_least(2),
+        help="shorter side, pixels: the preset resizes to 0.5 - 1.2 times this (rotation: 0.8 - 1.15)",
+    )
+    add(
+        "--normalization",
+        choices=["dataset", "photograph"],
+        help="by the mean and standard deviation of the data set, or of each photograph; stored with the weights",
+    )
     add(
         "--mean",
         nargs=3,
@@ -75,7 +120,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="channel means, by compute_mean_std.py",
     )
     add("--std", nargs=3, default=list(DRIVE_STD), type=at_least(1e-6, float), help="channel standard deviations")
-    add("--crop-size", default=480, type=at_least(32), help="side of the training crops")
+    add("--crop-size", type=at_least(32), help="side of the training crops")
     add(
         "--val-split",
         type=at_least(0),
@@ -90,13 +135,22 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="probability above which a pixel is scored as a vessel; 'auto' takes the one of best Dice on the held-out "
         "photographs (without --val-split, on the training ones) and stores it with the weights",
     )
+    add_switch(
+        parser,
+        "--tta",
+        default=None,
+        help="score the mean over the four flips, in four times the time; stored with the weights, for predict.py "
+        "and --test-only (default: as stored, else not)",
+    )
     add("--test-only", action="store_true", help="only score the weights that --resume names, on the test photographs")
     add("--tensorboard", action="store_true", help="also write TensorBoard events, into --output-dir")
+    parser.set_defaults(**RECIPES["tutorial"])
 
 
-def architecture_defaults(arch: str) -> dict[str, int]:
-    """The flags of `add_training_flags` that have another default with an architecture."""
-    return {name: value for name, value in ARCHITECTURES[arch][1].items() if name == "base_c"}
+def changed_defaults(asked: argparse.Namespace, demo: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The defaults that --arch, --demo (by `demo`) and --recipe change; where several change one, the last of these."""
+    widths = {name: value for name, value in ARCHITECTURES[asked.arch][1].items() if name == "base_c"}
+    return widths | dict(demo or {}) | (RECIPES[asked.recipe] if asked.recipe != "tutorial" else {})
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, str | int]:
@@ -122,13 +176,17 @@ def open_datasets(args: argparse.Namespace) -> tuple[DriveDataset, DriveDataset]
                     f"none): validating on the last {args.val_split} training photographs, which are not trained on "
                     "(--val-split N chooses how many)"
                 )
-    train_transform, val_transform = (
-        get_transform(train, args.mean, args.std, args.base_size, args.crop_size) for train in (True, False)
+    train_data, val_data = (
+        DriveDataset(
+            args.data_path,
+            train,
+            get_transform(train, args.mean, args.std, args.base_size, args.crop_size, args.augmentation),
+            val_split=args.val_split,
+            prepare=photograph_preparation(vars(args)),
+        )
+        for train in (True, False)
     )
-    return (
-        DriveDataset(args.data_path, True, train_transform, val_split=args.val_split),
-        DriveDataset(args.data_path, False, val_transform, val_split=args.val_split),
-    )
+    return train_data, val_data
 
 
 def fit(
@@ -146,6 +204,8 @@ def fit(
         OutputError: a file cannot be written.
     """
     raw_model = model.module if isinstance(model, DistributedDataParallel) else model
+    if args.compile:
+        model = torch.compile(model)  # checkpoints and evaluation are of raw_model
     on_main_process(make_output_folder, ".", "the working directory (for the results files)")
     state = TrainingState(
         raw_model,
@@ -198,10 +258,15 @@ def _run_epoch(
         state.lr_scheduler,
         print_freq=args.print_freq,
         scaler=state.scaler,
+        amp_dtype=amp_dtype(args),
+        vessel_weight=args.vessel_weight,
+        foreground_dice=args.dice_loss == "foreground",
+        averaged=state.averaged,
     )
     broadcast_buffers(state.model)
+    broadcast_buffers(state.evaluated_model)
     _require_finite_weights(state.model, state.epoch)
-    confusion_matrix, dice = evaluate(state.model, val_loader, device, num_classes)
+    confusion_matrix, dice = evaluate(state.evaluated_model, val_loader, device, num_classes)
     return _results_row(state.epoch, mean_loss, lr, dice, confusion_matrix, time.time() - started), confusion_matrix
 
 
@@ -215,7 +280,7 @@ def _resume_or_pretrain(
         if state.best_dice is None:
             # The tutorial's files do not say how good they are, nor does a Dice on other photographs; and a worse
             # epoch must not replace a better one.
-            state.best_dice = evaluate(state.model, val_loader, device, args.num_classes + 1)[1]
+            state.best_dice = evaluate(state.evaluated_model, val_loader, device, args.num_classes + 1)[1]
     elif state.epoch >= args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch}: leaves nothing of --epochs {args.epochs}; lower it")
     elif args.backbone_weights:

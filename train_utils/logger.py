@@ -18,6 +18,9 @@ from .distributed_utils import is_main_process, sum_over_processes
 from .files import create_new, replace_whole
 from .metrics import format_scores
 
+# Seconds between progress lines for whose numbers a GPU must be waited for.
+SECONDS_UNPRINTED = 1.0
+
 
 class SmoothedValue:
     """The last values of a series, and the mean over all of them.
@@ -91,19 +94,26 @@ class MetricLogger:
     def __str__(self) -> str:
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
 
+    def _on_gpu(self) -> bool:
+        totals = [meter.total for meter in self.meters.values()]
+        return any(isinstance(total, Tensor) and total.device.type != "cpu" for total in totals)
+
     def log_every(self, iterable: Iterable, print_freq: int, header: str = "") -> Iterator[Any]:
         """Yield the items of a sized iterable; print a progress line every `print_freq` of them and after the last.
 
+        Where a value lies on a GPU, a line makes the host wait for it: there is one a second at most, and the last.
         `time` is seconds an item, `data` the part of it spent waiting for the item, `max mem` MiB of GPU memory.
         """
         total = len(iterable)
         item_time, data_time = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
-        start = end = time.time()
+        start = end = printed = time.time()
         for i, item in enumerate(iterable):
             data_time.update(time.time() - end)
             yield item
             item_time.update(time.time() - end)
-            if is_main_process() and (i % print_freq == 0 or i == total - 1):
+            due = i % print_freq == 0 and (not self._on_gpu() or time.time() - printed >= SECONDS_UNPRINTED)
+            if is_main_process() and (due or i == total - 1):
+                printed = time.time()
                 eta = datetime.timedelta(seconds=int(item_time.global_avg * (total - i - 1)))
                 parts = [header, f"[{i:{len(str(total))}d}/{total}]", f"eta: {eta}", str(self)]
                 parts += [f"time: {item_time}", f"data: {data_time}"]

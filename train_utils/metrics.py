@@ -51,7 +51,7 @@ class ConfusionMatrix:
         cells = torch.where(inside, n * target + prediction, n * n)
         counts = torch.zeros(n * n + 1, dtype=torch.int64, device=target.device)
         counts.scatter_add_(0, cells, torch.ones_like(cells))
-        self.mat = self.mat.to(target.device) + counts[:-1].view(n, n)
+        self.mat = self.mat.to(target.device, non_blocking=True) + counts[:-1].view(n, n)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Global accuracy (scalar), recall [num_classes] and IoU [num_classes], float64 in [0, 1].
@@ -86,13 +86,13 @@ class DiceCoefficient:
         self.cumulative_dice = torch.zeros(())
         self.count = torch.zeros((), dtype=torch.int64)
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
-        """Add one batch: logits [N, num_classes, H, W], labels [N, H, W] int64."""
+    def update(self, logits: Tensor, target: Tensor, weight: int = 1) -> None:
+        """Add one batch: logits [N, num_classes, H, W], labels [N, H, W] int64; it counts as `weight` of them."""
         prediction = build_target(logits.argmax(dim=1), self.num_classes)  # one-hot [N, num_classes, H, W]
         truth = build_target(target, self.num_classes, self.ignore_index)
         dice = multiclass_dice_coeff(prediction[:, 1:], truth[:, 1:], ignore_index=self.ignore_index)
-        self.cumulative_dice = self.cumulative_dice.to(dice.device) + dice
-        self.count += 1
+        self.cumulative_dice = self.cumulative_dice.to(dice.device, non_blocking=True) + dice * weight
+        self.count += weight
 
     @property
     def value(self) -> Tensor:

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from my_dataset import DatasetError, DriveDataset, find_drive, has_test_labels
-from transforms import SegmentationPresetEval, get_transform
+from transforms import get_transform
 
 from .checkpoint import BEST_MODEL, LAST_MODEL, Checkpoint, add_to_checkpoint, build_model, load_checkpoint
 from .command_line import UsageError
+from .data_loading import photograph_preparation
 from .distributed_utils import broadcast_object, is_main_process
 from .files import replace_whole
 from .logger import Row
@@ -72,11 +73,12 @@ def score_weights(path: str | Path, device: torch.device, args: argparse.Namespa
             "nothing can be scored; put the NN_manual1.gif files there"
         )
     model, checkpoint = _load_in_all_processes(path, device)
+    tta = _use_flips(checkpoint, args)
     threshold = _settle_threshold(model, checkpoint, device, args)
-    test_photographs = DriveDataset(args.data_path, False, _transform(checkpoint))
-    measurement = measure(model, test_photographs, device, threshold.value)
+    test_photographs = _open_photographs(args.data_path, False, checkpoint)
+    measurement = measure(model, test_photographs, device, threshold.value, tta=tta)
     if is_main_process():
-        report = make_report(measurement, checkpoint, threshold)
+        report = make_report(measurement, checkpoint, threshold, tta)
         write_report(report, measurement, Path(args.output_dir))
         print(format_report(report, measurement), flush=True)
 
@@ -127,14 +129,20 @@ def _load_in_all_processes(path: str | Path, device: torch.device) -> tuple[nn.M
     # The main process alone reads the file: the other machines of a run may not see it.
     checkpoint = None
     if is_main_process():
-        training_state = ("optimizer", "lr_scheduler", "history")
+        training_state = ("optimizer", "lr_scheduler", "history", "training_model")
         checkpoint = {name: value for name, value in load_checkpoint(path).items() if name not in training_state}
     checkpoint = broadcast_object(checkpoint)
     return build_model(checkpoint, device), checkpoint
 
 
-def _transform(checkpoint: Checkpoint) -> SegmentationPresetEval:
-    return get_transform(False, checkpoint["mean"], checkpoint["std"])
+def _open_photographs(root: str, train: bool, checkpoint: Checkpoint, val_split: int = 0) -> DriveDataset:
+    """Photographs as the model of a checkpoint is to see them."""
+    transform = get_transform(False, checkpoint["mean"], checkpoint["std"])
+    return DriveDataset(root, train, transform, val_split=val_split, prepare=photograph_preparation(checkpoint))
+
+
+def _use_flips(checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
+    return checkpoint.get("tta", False) if args.tta is None else args.tta
 
 
 def _settle_threshold(
@@ -147,14 +155,16 @@ def _settle_threshold(
     if args.threshold != "auto":
         return Threshold(args.threshold, "--threshold")
     val_split = checkpoint["args"].get("val_split", args.val_split) or 0
-    photographs = DriveDataset(args.data_path, not val_split, _transform(checkpoint), val_split=val_split)
-    value = best_threshold(model, photographs, device)
+    photographs = _open_photographs(args.data_path, not val_split, checkpoint, val_split)
+    value = best_threshold(model, photographs, device, tta=_use_flips(checkpoint, args))
     if is_main_process():
         add_to_checkpoint(checkpoint["path"], threshold=value)
     return Threshold(value, f"auto: best Dice on {photographs.describe()} photographs")
 
 
-def make_report(measurement: Measurement, checkpoint: Checkpoint, threshold: Threshold) -> dict[str, Any]:
+def make_report(
+    measurement: Measurement, checkpoint: Checkpoint, threshold: Threshold, tta: bool = False
+) -> dict[str, Any]:
     """All scores and where they come from, as scores.json holds them: shares of 1; NaN (0 / 0) as None."""
     accuracy, recall, iou = measurement.confusion_matrix.compute()
     report: dict[str, Any] = {
@@ -162,6 +172,7 @@ def make_report(measurement: Measurement, checkpoint: Checkpoint, threshold: Thr
         "epoch": checkpoint.get("epoch"),
         "selected_on": checkpoint.get("selected_on", "not recorded in the weights"),
         "threshold": {"value": threshold.value, "source": threshold.source},
+        "tta": tta,
         "scored_on": "test",
         "photographs": [score.name for score in measurement.photographs],
     }
@@ -229,7 +240,8 @@ def format_report(report: dict[str, Any], measurement: Measurement) -> str:
         "",
         f"scores of {report['weights']}{epoch} on {len(names)} test photographs ({names[0]} to {names[-1]})",
         f"selected on: {report['selected_on']}",
-        f"threshold: {report['threshold']['value']:.4g} ({report['threshold']['source']})",
+        f"threshold: {report['threshold']['value']:.4g} ({report['threshold']['source']})"
+        + (", mean over the four flips" if report["tta"] else ""),
     ]
     for region, heading in REGIONS.items():
         observers = {name: scores for name, scores in report[region].items() if scores}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from my_dataset import OUTSIDE, DatasetError, DriveDataset, read_binary_mask
+from src.inference import for_inference
+from src.segment import FLIPS
 
 from .connectedness import cl_dice
 from .data_loading import evaluation_loader
@@ -67,17 +69,30 @@ class Measurement:
 
 
 def _predictions(
-    model: nn.Module, dataset: DriveDataset, device: torch.device, header: str
+    model: nn.Module, dataset: DriveDataset, device: torch.device, header: str, tta: bool
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Index, logits [1, C, H, W] and label [1, H, W] of each photograph of this process."""
+    """Index, logits [1, C, H, W] and label [1, H, W] of each photograph of this process.
+
+    With `tta` the logits are those of the mean probabilities over the four flips.
+    """
+    quick_model = for_inference(model)
     loader = evaluation_loader(dataset, workers=0, pin_memory=False)
     batches = MetricLogger(delimiter="  ").log_every(loader, 100, header)
     for index, (image, label) in zip(loader.sampler, batches, strict=True):
-        yield index, model(image.to(device))["out"], label.to(device)
+        image = image.to(device)
+        logits = _mean_over_flips(quick_model, image) if tta else quick_model(image)["out"]
+        yield index, logits, label.to(device)
+
+
+def _mean_over_flips(model: nn.Module, image: Tensor) -> Tensor:
+    probabilities = [model(image.flip(flip))["out"].double().softmax(dim=1).flip(flip) for flip in FLIPS]
+    return torch.stack(probabilities).mean(dim=0).log()
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, dataset: DriveDataset, device: torch.device, threshold: float) -> Measurement:
+def measure(
+    model: nn.Module, dataset: DriveDataset, device: torch.device, threshold: float, *, tta: bool = False
+) -> Measurement:
     """Score a model on every photograph of a dataset once, shared between the processes.
 
     Args:
@@ -85,6 +100,7 @@ def measure(model: nn.Module, dataset: DriveDataset, device: torch.device, thres
         dataset: with the evaluation transform.
         device: of the model.
         threshold: the probability above which a pixel is a vessel.
+        tta: take the mean over the four flips of each photograph.
 
     Raises:
         DatasetError: a second observer's label does not fit its photograph.
@@ -92,7 +108,7 @@ def measure(model: nn.Module, dataset: DriveDataset, device: torch.device, thres
     for index in range(len(dataset)):
         _second_observer(dataset, index)  # so that all processes meet the same error, and none waits for the others
     measurement = Measurement(model.model_args["num_classes"])
-    for index, logits, label in _predictions(model, dataset, device, "Test:"):
+    for index, logits, label in _predictions(model, dataset, device, "Test:", tta):
         measurement.confusion_matrix.update(label.flatten(), logits.argmax(1).flatten())
         measurement.dice.update(logits, label)
         log_odds, label = vessel_log_odds(logits)[0], label[0]  # [H, W] both
@@ -146,10 +162,10 @@ def _second_observer(dataset: DriveDataset, index: int) -> Tensor | None:
 
 
 @torch.inference_mode()
-def best_threshold(model: nn.Module, dataset: DriveDataset, device: torch.device) -> float:
+def best_threshold(model: nn.Module, dataset: DriveDataset, device: torch.device, *, tta: bool = False) -> float:
     """The probability above which to call a pixel a vessel for the best Dice over all pixels of a dataset."""
     histogram = ProbabilityHistogram()
-    for _, logits, label in _predictions(model, dataset, device, "Threshold:"):
+    for _, logits, label in _predictions(model, dataset, device, "Threshold:", tta):
         histogram.update(vessel_log_odds(logits), label)
     histogram.reduce_from_all_processes()
     return histogram.best_threshold()

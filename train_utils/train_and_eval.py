@@ -6,16 +6,22 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from src.inference import for_inference
 from transforms import IGNORE_INDEX
 
-from .dice_coefficient_loss import build_target, dice_loss
+from .dice_coefficient_loss import build_target, dice_loss, multiclass_dice_coeff
 from .distributed_utils import sum_over_processes
 from .logger import MetricLogger, SmoothedValue
 from .metrics import ConfusionMatrix, DiceCoefficient
+
+# Steps between looks at a loss on a GPU, which make the host wait for it, and then it for the host.
+STEPS_UNCHECKED = 100
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -44,6 +50,7 @@ def criterion(
     num_classes: int = 2,
     dice: bool = True,
     ignore_index: int = -100,
+    foreground_dice: bool = False,
 ) -> Tensor:
     """Cross-entropy plus Dice loss of a model's outputs, a scalar.
 
@@ -54,6 +61,7 @@ def criterion(
         num_classes: classes, background included.
         dice: whether to add the Dice loss (over all classes).
         ignore_index: the label of pixels that do not count.
+        foreground_dice: leave the background out of the Dice loss.
 
     Returns:
         the loss of "out"; where there is an "aux", plus half of its loss.
@@ -64,7 +72,11 @@ def criterion(
         value = _cross_entropy(logits, labels, loss_weight, ignore_index)
         if dice:
             one_hot = build_target(labels, num_classes, ignore_index)
-            value = value + dice_loss(logits, one_hot, multiclass=True, ignore_index=ignore_index)
+            if foreground_dice:
+                foreground = logits.softmax(dim=1)[:, 1:]
+                value = value + 1 - multiclass_dice_coeff(foreground, one_hot[:, 1:], ignore_index)
+            else:
+                value = value + dice_loss(logits, one_hot, multiclass=True, ignore_index=ignore_index)
         return value
 
     return loss(inputs["out"]) + 0.5 * loss(inputs["aux"]) if "aux" in inputs else loss(inputs["out"])
@@ -90,32 +102,48 @@ def train_one_epoch(
     lr_scheduler: LambdaLR,
     print_freq: int = 10,
     scaler: torch.amp.GradScaler | None = None,
+    amp_dtype: torch.dtype | None = None,
+    *,
+    vessel_weight: float = 2.0,
+    foreground_dice: bool = False,
+    averaged: AveragedModel | None = None,
 ) -> tuple[float, float]:
     """Train on every batch once; the scheduler steps after each.
 
-    Autocast and the loss scaler are used where `scaler` is given.
+    Autocast is used where `scaler` or `amp_dtype` is given, the loss scaler where `scaler` is.
+    The cross-entropy weighs the two classes by [1, `vessel_weight`], more than two alike; `foreground_dice` is
+    `criterion`'s. `averaged` takes in the weights after each step.
 
     Returns:
         the mean loss over all steps (and processes), the last learning rate.
 
     Raises:
-        NonFiniteLossError: a loss was NaN or infinite (noticed at the next progress line, in every process at once).
+        NonFiniteLossError: a loss was NaN or infinite; noticed in every process at once, at the next progress line (on
+            a GPU after some hundred steps, or at the end).
     """
     model.train()
     metric_logger = MetricLogger(delimiter="  ")
     metric_logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
     metric_logger.add_meter("loss", SmoothedValue())
     # Vessels are about an eighth of the pixels.
-    loss_weight = torch.tensor([1.0, 2.0], device=device) if num_classes == 2 else None
+    loss_weight = torch.tensor([1.0, vessel_weight], device=device) if num_classes == 2 else None
 
+    check_freq = print_freq if device.type == "cpu" else max(print_freq, STEPS_UNCHECKED)
     for step, (image, target) in enumerate(metric_logger.log_every(data_loader, print_freq, f"Epoch: [{epoch}]")):
         image = image.to(device, non_blocking=True)  # [N, C, H, W]
         target = target.to(device, non_blocking=True)  # [N, H, W]
-        with torch.autocast(device.type, enabled=scaler is not None):
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=scaler is not None or amp_dtype is not None):
             outputs = model(image)
         # In float32: sums over hundreds of thousands of pixels overflow half precision.
         logits = {name: output.float() for name, output in outputs.items()}
-        loss = criterion(logits, target, loss_weight, num_classes=num_classes, ignore_index=IGNORE_INDEX)
+        loss = criterion(
+            logits,
+            target,
+            loss_weight,
+            num_classes=num_classes,
+            ignore_index=IGNORE_INDEX,
+            foreground_dice=foreground_dice,
+        )
 
         optimizer.zero_grad()
         if scaler is not None:
@@ -126,10 +154,12 @@ def train_one_epoch(
             loss.backward()
             optimizer.step()
         lr_scheduler.step()
+        if averaged is not None:
+            averaged.update_parameters(model.module if isinstance(model, DistributedDataParallel) else model)
 
         lr = optimizer.param_groups[0]["lr"]
         metric_logger.update(loss=loss.detach(), lr=lr)
-        if step % print_freq == 0:
+        if step % check_freq == 0 and (step > 0 or device.type == "cpu"):
             _require_finite(metric_logger.meters["loss"], epoch, step)
     _require_finite(metric_logger.meters["loss"], epoch, len(data_loader) - 1)
     metric_logger.synchronize_between_processes()
@@ -147,12 +177,13 @@ def evaluate(
         Dice of the argmax prediction (over photographs, at batch size 1).
     """
     model.eval()
+    quick_model = for_inference(model)
     confusion_matrix = ConfusionMatrix(num_classes)
     dice = DiceCoefficient(num_classes, ignore_index=IGNORE_INDEX)
     metric_logger = MetricLogger(delimiter="  ")
     for image, target in metric_logger.log_every(data_loader, 100, "Test:"):
         image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
-        logits = model(image)["out"]
+        logits = quick_model(image)["out"]
         confusion_matrix.update(target.flatten(), logits.argmax(1).flatten())
         dice.update(logits, target)
     confusion_matrix.reduce_from_all_processes()
@@ -191,5 +222,30 @@ def create_lr_scheduler(
         # Past the last step (a resumed run with fewer epochs) the base would be negative and its power complex.
         remaining = 1 - (step - warmup_steps) / decay_steps if decay_steps > 0 else 0.0
         return max(remaining, 0.0) ** 0.9
+
+    return LambdaLR(optimizer, lr_lambda=factor, last_epoch=last_epoch)
+
+
+def create_one_cycle_scheduler(optimizer: Optimizer, steps: int, last_epoch: int = -1) -> LambdaLR:
+    """One cycle of the learning rate: from 1/25 of the peak up to it in 3/10 of the steps, then down to nearly zero.
+
+    Both ways along half a cosine, as torch's OneCycleLR; but it can start at any step. Source: L. N. Smith, N. Topin,
+    "Super-convergence", 2018.
+
+    Args:
+        optimizer: its learning rates are the peak.
+        steps: of the whole run.
+        last_epoch: one less than the number of steps already done, as in PyTorch's schedulers.
+    """
+    assert steps > 0
+    start, end = 1 / 25, 1e-4 / 25
+    peak = max(0.3 * steps - 1, 1e-9)
+
+    def factor(step: int) -> float:
+        if step <= peak:
+            low, distance = start, 1 - step / peak
+        else:
+            low, distance = end, min((step - peak) / max(steps - 1 - peak, 1e-9), 1.0)
+        return low + (1 - low) * (1 + math.cos(math.pi * distance)) / 2
 
     return LambdaLR(optimizer, lr_lambda=factor, last_epoch=last_epoch)

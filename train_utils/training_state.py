@@ -5,13 +5,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from my_dataset import DRIVE_FOV_DIAMETER
 
 from .checkpoint import LAST_MODEL, Checkpoint, CheckpointError, load_checkpoint, load_weights
 from .distributed_utils import is_main_process, on_main_process
 from .logger import ResultsFiles, Row
-from .train_and_eval import create_lr_scheduler
+from .speed import amp_dtype
+from .train_and_eval import create_lr_scheduler, create_one_cycle_scheduler
 
 # Flags that change the numbers of a run: where a resumed run has others than its checkpoint, it says so.
 SETTINGS = (
@@ -20,7 +22,16 @@ SETTINGS = (
     "lr",
     "momentum",
     "weight_decay",
+    "schedule",
+    "steps_per_epoch",
+    "ema_decay",
+    "augmentation",
+    "normalization",
+    "vessel_weight",
+    "dice_loss",
     "amp",
+    "amp_dtype",
+    "device_data",
     "seed",
     "base_size",
     "crop_size",
@@ -34,6 +45,9 @@ SETTINGS = (
 
 class TrainingState:
     """Model, optimizer, schedule, loss scaler, the epoch to come, the best Dice so far (None: unknown), the results.
+
+    With `args.ema_decay`, `averaged` holds the exponential moving average of the weights, which is the model that is
+    evaluated and saved.
 
     Nothing random is in it: what an epoch draws follows from the seed and its number (see data_loading.py).
     """
@@ -52,10 +66,9 @@ class TrainingState:
         self.fov_diameter = fov_diameter  # of the training photographs, pixels
         self.steps_per_epoch = steps_per_epoch
         self.args = args
-        self.optimizer = torch.optim.SGD(
-            model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-        )
-        self.scaler = _make_scaler(args.amp, device)
+        self.averaged = _make_average(model, args.ema_decay)
+        self.optimizer = _make_optimizer(model, args)
+        self.scaler = _make_scaler(args, device)
         self.epoch = args.start_epoch
         self.best_dice: float | None = -1.0  # so that the first epoch is always an improvement
         self.results = ResultsFiles()
@@ -66,9 +79,20 @@ class TrainingState:
         # The position follows from the epoch, not from a stored step: other epochs or batch sizes than before fit in.
         for group in self.optimizer.param_groups:
             group["initial_lr"] = self.args.lr
-        self.lr_scheduler = create_lr_scheduler(
-            self.optimizer, self.steps_per_epoch, self.args.epochs, last_epoch=self.epoch * self.steps_per_epoch - 1
-        )
+        last_step = self.epoch * self.steps_per_epoch - 1
+        if self.args.schedule == "poly":
+            self.lr_scheduler = create_lr_scheduler(
+                self.optimizer, self.steps_per_epoch, self.args.epochs, last_epoch=last_step
+            )
+        else:
+            self.lr_scheduler = create_one_cycle_scheduler(
+                self.optimizer, self.steps_per_epoch * self.args.epochs, last_epoch=last_step
+            )
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model that is evaluated and saved for use."""
+        return self.model if self.averaged is None else self.averaged.module
 
     def finish_epoch(self, row: Row) -> bool:
         """Count the epoch of this row as done; return whether its Dice is the best so far."""
@@ -81,7 +105,7 @@ class TrainingState:
     def checkpoint(self) -> Checkpoint:
         """The state after the last finished epoch, as tensors and plain values."""
         state = {
-            "model": self.model.state_dict(),
+            "model": self.evaluated_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "epoch": self.epoch - 1,
@@ -89,21 +113,36 @@ class TrainingState:
             "model_args": self.model.model_args,
             "mean": list(self.args.mean),
             "std": list(self.args.std),
+            "normalization": self.args.normalization,
+            "tta": bool(self.args.tta),
             "fov_diameter": self.fov_diameter,
             "best_dice": self.best_dice,
             "selected_on": self.selected_on,
             "results": self.results.stem,
             "history": self.results.rows,
         }
+        if self.averaged is not None:
+            state["training_model"] = self.model.state_dict()
         return state if self.scaler is None else state | {"scaler": self.scaler.state_dict()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on after the epoch that a checkpoint ends with; the flags win over the settings stored in it."""
         args = self.args
-        load_weights(self.model, checkpoint)
+        optimizer = checkpoint["args"].get("optimizer", "sgd")
+        if optimizer != args.optimizer:
+            raise CheckpointError(
+                f"{checkpoint['path']}: of a run with --optimizer {optimizer}, not {args.optimizer}; "
+                "give the --optimizer or the --recipe of that run"
+            )
+        load_weights(self.model, checkpoint | {"model": checkpoint.get("training_model", checkpoint["model"])})
+        if self.averaged is not None:
+            load_weights(self.averaged.module, checkpoint)
+            self.averaged.n_averaged.fill_(1)  # so that the next step's weights do not replace the average
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for group in self.optimizer.param_groups:
-            group["momentum"], group["weight_decay"] = args.momentum, args.weight_decay
+            group["weight_decay"] = args.weight_decay
+            if args.optimizer == "sgd":
+                group["momentum"] = args.momentum
         if self.scaler is not None and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"] + 1
@@ -128,12 +167,19 @@ class TrainingState:
             )
 
 
-def _make_scaler(amp: bool, device: torch.device) -> torch.amp.GradScaler | None:
-    if amp and device.type != "cuda":
-        if is_main_process():
-            print(f"--amp: has no use on {device.type}, training in float32")
-        return None
-    return torch.amp.GradScaler(device.type) if amp else None
+def _make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+
+
+def _make_average(model: nn.Module, decay: float) -> AveragedModel | None:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+
+
+def _make_scaler(args: argparse.Namespace, device: torch.device) -> torch.amp.GradScaler | None:
+    # The gradients of float16 underflow; bfloat16 has the range of float32.
+    return torch.amp.GradScaler(device.type) if amp_dtype(args) is torch.float16 else None
 
 
 def load_to_resume(args: argparse.Namespace) -> Checkpoint | None:

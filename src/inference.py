@@ -1,0 +1,40 @@
+"""A trained model made quicker for inference, with the same results to rounding."""
+
+import copy
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+def for_inference(model: nn.Module, amp: bool = False) -> nn.Module:
+    """A copy of a model in eval mode that computes the same, quicker; the model itself stays as it is.
+
+    Every BatchNorm that follows a convolution in an `nn.Sequential` is folded into it: a picture less to read and write
+    for each. On a CPU, and on a GPU under autocast, the weights are in the memory format (channels last) in which
+    convolutions alone, without their gradients, run fastest. The logits agree to 1e-4. The copy does not follow later
+    training: make it once for a pass over many photographs.
+
+    Args:
+        model: any; what cannot be folded is left. Of a DistributedDataParallel, the module inside.
+        amp: it will run under autocast.
+    """
+    plain = model.module if isinstance(model, DistributedDataParallel) else model
+    quick = copy.deepcopy(plain).eval()
+    for module in quick.modules():
+        if isinstance(module, nn.Sequential):
+            _fold(module)
+    device = next((parameter.device for parameter in quick.parameters()), None)
+    if device is not None and (device.type == "cpu" or amp):
+        quick = quick.to(memory_format=torch.channels_last)
+    return quick
+
+
+def _fold(layers: nn.Sequential) -> None:
+    for index, (layer, after) in enumerate(pairwise(layers)):
+        foldable = isinstance(after, nn.BatchNorm2d | nn.SyncBatchNorm) and after.running_mean is not None
+        if foldable and isinstance(layer, nn.Conv2d):
+            layers[index] = fuse_conv_bn_eval(layer, after)
+            layers[index + 1] = nn.Identity()  # the names of the other layers stay

@@ -1,0 +1,28 @@
+"""Named sets of hyper-parameters: what `--recipe` sets. Every one is the default of a flag, which still wins."""
+
+from typing import Any
+
+_TABLE: dict[str, tuple[Any, Any, Any]] = {
+    # flag              tutorial     quick         best
+    "base_c":          (32,          8,            16),
+    "augmentation":    ("tutorial",  "rotation",   "rotation"),
+    "normalization":   ("dataset",   "photograph", "photograph"),
+    "crop_size":       (480,         256,          256),
+    "batch_size":      (4,           4,            4),
+    "epochs":          (200,         5,            20),
+    "steps_per_epoch": (None,        240,          200),
+    "optimizer":       ("sgd",       "adamw",      "adamw"),
+    "lr":              (0.01,        6e-3,         3e-3),
+    "weight_decay":    (1e-4,        1e-2,         1e-2),
+    "schedule":        ("poly",      "one-cycle",  "one-cycle"),
+    "vessel_weight":   (2.0,         1.0,          1.0),
+    "dice_loss":       ("all",       "foreground", "foreground"),
+    "ema_decay":       (0.0,         0.99,         0.998),
+    "tta":             (None,        None,         True),
+    "print_freq":      (1,           20,           20),
+}  # fmt: skip
+
+RECIPES: dict[str, dict[str, Any]] = {
+    name: {flag: values[column] for flag, values in _TABLE.items()}
+    for column, name in enumerate(("tutorial", "quick", "best"))
+}
