@@ -207,9 +207,19 @@ def test_val_split_trains_on_the_rest(shared_drive, working_directory, monkeypat
     assert [path.name[:2] for path in validation.dataset.img_list] == ["25", "26"]
 
 
-def test_amp_without_a_gpu_says_so(shared_drive, working_directory, capsys):
-    run(shared_drive, "--epochs", "1", "--amp", "--device", "cpu")
-    assert "--amp: has no use on cpu" in capsys.readouterr().out
+def test_amp_on_a_cpu_is_bfloat16_and_says_so(shared_drive, working_directory, monkeypatch, capsys):
+    dtypes, original = [], fit.train_one_epoch
+
+    def remember(model, *args, **kwargs):
+        model.register_forward_hook(lambda module, inputs, output: dtypes.append(output["out"].dtype))
+        return original(model, *args, **kwargs)
+
+    monkeypatch.setattr(fit, "train_one_epoch", remember)
+    run(shared_drive, "--epochs", "1", "--amp")
+    assert dtypes[0] == torch.bfloat16
+    assert "--amp: bfloat16 on cpu; it pays only where" in capsys.readouterr().out
+    checkpoint = load_checkpoint("save_weights/last_model.pth")
+    assert checkpoint["args"]["amp_dtype"] == "bfloat16" and "scaler" not in checkpoint
 
 
 def test_test_only(shared_drive, working_directory, capsys):
