@@ -88,6 +88,21 @@ def test_training_shards(monkeypatch, world_size):
     assert sorted(index for index, _ in drawn[:7]) == list(range(7))
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_training_shards_of_a_given_number_of_samples(monkeypatch, world_size):
+    shards = []
+    for rank in range(world_size):
+        as_rank(monkeypatch, rank, world_size)
+        sampler = TrainingSampler(7, seed=3, samples=10)
+        shards.append(list(sampler))
+        assert len(shards[-1]) == len(sampler) == 10
+    drawn = [sample for together in zip(*shards, strict=True) for sample in together]
+    assert len({seed for _, seed in drawn}) == len(drawn) == 10 * world_size
+    for start in range(0, len(drawn) - 6, 7):
+        assert sorted(index for index, _ in drawn[start : start + 7]) == list(range(7))
+    assert [index for index, _ in drawn[:7]] != [index for index, _ in drawn[7:14]]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
 def test_every_photograph_is_evaluated_exactly_once(shared_drive, monkeypatch, world_size):
     data = dataset(shared_drive, train=False)

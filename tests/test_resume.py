@@ -59,6 +59,20 @@ def test_interrupted_and_resumed(shared_drive, undisturbed, working_directory, w
     assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["epoch", *"012345"]
 
 
+def test_a_recipe_interrupted_and_resumed(shared_drive, tmp_path, monkeypatch):
+    """AdamW, one cycle, averaged weights and a number of steps an epoch come back as they were."""
+    flags = ["--recipe", "quick", "--lr", 0.003, "--epochs", 4, "--steps-per-epoch", 3, "-b", 2]
+    for name in ("undisturbed", "interrupted"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        if name == "interrupted":
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+                interrupt_in(2, patch)
+                run(shared_drive, *flags)
+        run(shared_drive, *flags, "--resume", "auto")
+    assert_same_state(*(load_checkpoint(tmp_path / name / LAST) for name in ("undisturbed", "interrupted")))
+
+
 def test_resume_auto_starts_afresh_where_there_is_nothing(shared_drive, undisturbed, working_directory, capsys):
     run(shared_drive, "--epochs", 6, "--resume", "auto")
     assert "nothing to resume in save_weights, starting afresh" in capsys.readouterr().out

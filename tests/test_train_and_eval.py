@@ -11,7 +11,7 @@ from src import create_model
 from tests.reference import loop_criterion, loop_dice
 from train_utils import create_lr_scheduler, evaluate, train_one_epoch
 from train_utils.synthetic_drive import write_synthetic_drive
-from train_utils.train_and_eval import NonFiniteLossError
+from train_utils.train_and_eval import NonFiniteLossError, create_one_cycle_scheduler, criterion
 from transforms import get_transform
 
 CPU = torch.device("cpu")
@@ -191,3 +191,40 @@ def test_overfits_one_photograph(tmp_path):
         train_one_epoch(model, optimizer, loader, CPU, epoch, 2, scheduler)
     # Batch statistics are those of the one photograph.
     assert evaluate(model, loader, CPU, 2)[1] > 0.95
+
+
+@pytest.mark.parametrize("steps", [7, 10, 100])
+def test_one_cycle_against_torchs(steps):
+    def rates(make):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+        scheduler = make(optimizer)
+        for _ in range(steps):
+            yield optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            if scheduler.last_epoch < steps - 1:
+                scheduler.step()
+
+    ours = list(rates(lambda optimizer: create_one_cycle_scheduler(optimizer, steps)))
+    theirs = list(rates(lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.3, total_steps=steps, cycle_momentum=False)))
+    assert ours == pytest.approx(theirs, abs=1e-7)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_one_cycle_of_few_steps_and_past_its_end(steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    (factor,) = create_one_cycle_scheduler(optimizer, steps).lr_lambdas
+    assert all(0 < factor(step) <= 1 for step in range(2 * steps))
+    assert factor(2 * steps) == pytest.approx(4e-6)
+
+
+def test_foreground_dice_in_the_criterion():
+    logits, target = torch.randn(2, 3, 5, 4), torch.randint(0, 3, (2, 5, 4))
+    target[0, :2] = 255
+    expected = []
+    for probability, label in zip(logits.softmax(dim=1), target, strict=True):
+        for number in (1, 2):
+            p, t = probability[number][label != 255], (label[label != 255] == number).float()
+            expected.append((2 * (p * t).sum() + 1e-6) / (p.sum() + t.sum() + 1e-6))
+    loss = criterion({"out": logits}, target, num_classes=3, ignore_index=255, foreground_dice=True)
+    cross_entropy = torch.nn.functional.cross_entropy(logits, target, ignore_index=255)
+    assert loss.item() == pytest.approx((cross_entropy + 1 - torch.stack(expected).mean()).item(), abs=1e-5)

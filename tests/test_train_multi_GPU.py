@@ -28,12 +28,15 @@ def parse(data, *flags):
 
 def assert_same_state(first, second):
     """Two checkpoints hold bit-identical weights, optimizer state, best Dice and results (but for the seconds)."""
-    for key in first["model"]:
-        assert torch.equal(first["model"][key], second["model"][key]), key
+    for weights in {"model", "training_model"} & (first.keys() | second.keys()):
+        for key in first[weights]:
+            assert torch.equal(first[weights][key], second[weights][key]), (weights, key)
     states = [checkpoint["optimizer"]["state"] for checkpoint in (first, second)]
     assert states[0].keys() == states[1].keys()
     for index in states[0]:
-        assert torch.equal(states[0][index]["momentum_buffer"], states[1][index]["momentum_buffer"])
+        assert states[0][index].keys() == states[1][index].keys()
+        for name in states[0][index]:
+            assert torch.equal(states[0][index][name], states[1][index][name]), name
     assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
     assert (first["epoch"], first["best_dice"]) == (second["epoch"], second["best_dice"])
     rows = [[{**row, "seconds": 0} for row in checkpoint["history"]] for checkpoint in (first, second)]
@@ -181,8 +184,8 @@ def evaluate_and_train(meeting_point, data):
         seen["model"] = wrap(model, args)
         return seen["model"]
 
-    def remember_scores(*arguments):
-        confusion_matrix, dice = evaluate(*arguments)
+    def remember_scores(*arguments, **kwargs):
+        confusion_matrix, dice = evaluate(*arguments, **kwargs)
         seen.setdefault("scores", []).append((confusion_matrix.mat.tolist(), dice))
         return confusion_matrix, dice
 

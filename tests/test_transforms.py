@@ -22,6 +22,7 @@ def pair(height=60, width=50, kind="pil"):
 def to_arrays(image, target):
     if isinstance(image, Image.Image):
         return np.array(image), np.array(target)
+    image = image if image.dtype == torch.uint8 else (image * 255).round()
     return image.permute(1, 2, 0).numpy(), target.numpy()
 
 
@@ -34,6 +35,7 @@ def to_arrays(image, target):
         T.RandomVerticalFlip(0.5),
         T.RandomCrop(70),
         T.CenterCrop(55),
+        T.RandomAffineCrop(70, 40, 60),
     ],
 )
 def test_no_new_label_values_and_image_stays_on_its_label(transform, kind):
@@ -90,6 +92,54 @@ def test_crop_reaches_every_position():
     image = Image.fromarray(np.arange(36, dtype=np.uint8).reshape(6, 6))
     corners = {np.array(T.RandomCrop(4)(image, image)[0])[0, 0] for _ in range(200)}
     assert corners == {0, 1, 2, 6, 7, 8, 12, 13, 14}
+
+
+def draw(monkeypatch, *numbers):
+    """Let RandomAffineCrop draw these: zoom, angle (in turns), mirror, x, y."""
+    monkeypatch.setattr(T.torch, "rand", lambda *size: torch.tensor(numbers))
+
+
+def test_affine_crop_by_hand(monkeypatch):
+    """Without zoom and turn it is a crop; half a turn and a mirror are flips; a quarter turn transposes."""
+    image, label = pair(height=40, width=40)
+    pixels, values = np.array(image) / 255, np.array(label)
+    whole = T.RandomAffineCrop(40, 40, 40)
+    for turn, mirror, expected in (
+        (0, 0.7, lambda picture: picture),
+        (0.5, 0.7, lambda picture: picture[::-1, ::-1]),
+        (0, 0.2, lambda picture: picture[:, ::-1]),
+        (0.25, 0.7, lambda picture: np.rot90(picture)),
+    ):
+        draw(monkeypatch, 0, turn, mirror, 0.5, 0.5)
+        cropped, target = whole(image, label)
+        assert np.allclose(cropped.permute(1, 2, 0).numpy(), expected(pixels), atol=1e-4)
+        assert np.array_equal(target.numpy(), expected(values))
+    draw(monkeypatch, 0, 0, 0.7, 0.5, 0.0)
+    cropped, target = T.RandomAffineCrop(20, 40, 40)(image, label)
+    assert np.allclose(cropped.permute(1, 2, 0).numpy(), pixels[:20, 10:30], atol=1e-4)
+    assert np.array_equal(target.numpy(), values[:20, 10:30])
+    draw(monkeypatch, 1, 0, 0.7, 0.5, 0.5)  # the whole picture at twice its size
+    doubled = T.RandomAffineCrop(80, 40, 80)(image, label)[1].numpy()
+    assert np.array_equal(doubled, values.repeat(2, axis=0).repeat(2, axis=1))
+
+
+def test_beyond_the_frame_an_affine_crop_is_black_and_ignored(monkeypatch):
+    draw(monkeypatch, 0, 0.125, 0.7, 0.5, 0.5)
+    image, label = Image.new("RGB", (40, 40), "white"), Image.new("L", (40, 40), 1)
+    image, label = T.RandomAffineCrop(40, 40, 40)(image, label)
+    corners = [(row, column) for row in (0, -1) for column in (0, -1)]
+    assert all(label[corner] == 255 and (image[:, corner[0], corner[1]] == 0).all() for corner in corners)
+    assert label[20, 20] == 1 and set(label.unique().tolist()) == {1, 255}
+
+
+def test_rotation_preset():
+    preset = T.get_transform(True, (0.5,) * 3, (0.5,) * 3, crop_size=64, augmentation="rotation")
+    torch.manual_seed(0)
+    first, second = (preset(*pair(584, 565)) for _ in range(2))
+    assert first[0].shape == (3, 64, 64) and first[1].shape == (64, 64) and first[1].dtype == torch.int64
+    assert not torch.equal(first[0], second[0])
+    torch.manual_seed(0)
+    assert torch.equal(preset(*pair(584, 565))[0], first[0])
 
 
 def test_center_crop():

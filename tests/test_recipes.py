@@ -1,0 +1,237 @@
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import predict
+import train
+import train_multi_GPU
+from my_dataset import DRIVE_MEAN, DRIVE_STD, DriveDataset
+from src import UNet
+from src.photograph import match_colours
+from src.segment import segment
+from tests.conftest import SMALL_RUN
+from train_utils import load_checkpoint, load_model
+from train_utils.command_line import run_script
+from train_utils.data_loading import photograph_preparation, training_loader
+from train_utils.recipes import RECIPES
+from train_utils.scoring import measure
+from transforms import get_transform
+
+CPU = torch.device("cpu")
+BEST = Path("save_weights/best_model.pth")
+
+
+def run(data, *flags):
+    train.main(train.parse_args(["--data-path", str(data), *SMALL_RUN, *map(str, flags)]))
+
+
+def losses():
+    (table,) = Path().glob("results*.csv")
+    with open(table, newline="") as file:
+        return [float(row["train_loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("script", [train, train_multi_GPU])
+def test_the_tutorials_recipe_is_the_default(script):
+    tutorial = {
+        "base_c": 32,
+        "augmentation": "tutorial",
+        "normalization": "dataset",
+        "crop_size": 480,
+        "batch_size": 4,
+        "epochs": 200,
+        "steps_per_epoch": None,
+        "optimizer": "sgd",
+        "lr": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "schedule": "poly",
+        "vessel_weight": 2.0,
+        "dice_loss": "all",
+        "ema_decay": 0.0,
+        "tta": None,
+        "threshold": 0.5,
+        "print_freq": 1,
+    }
+    for argv in ([], ["--recipe", "tutorial"]):
+        args = vars(script.parse_args(argv))
+        assert {name: args[name] for name in tutorial} == tutorial
+
+
+@pytest.mark.parametrize("script", [train, train_multi_GPU])
+@pytest.mark.parametrize("recipe", ["quick", "best"])
+def test_a_recipe_is_defaults_and_the_command_line_wins(script, recipe):
+    args = vars(script.parse_args(["--recipe", recipe]))
+    assert {name: args[name] for name in RECIPES[recipe]} == RECIPES[recipe]
+    assert RECIPES[recipe].keys() == RECIPES["tutorial"].keys()
+    chosen = script.parse_args(["--lr", "0.5", "--recipe", recipe, "--no-tta", "--base-c", "7", "--epochs", "3"])
+    assert (chosen.lr, chosen.tta, chosen.base_c, chosen.epochs) == (0.5, False, 7, 3)
+    assert chosen.optimizer == RECIPES[recipe]["optimizer"]
+
+
+def test_recipes_among_other_sets_of_defaults():
+    assert train.parse_args(["--demo", "--recipe", "quick"]).lr == RECIPES["quick"]["lr"]
+    assert train.parse_args(["--demo", "--recipe", "quick"]).data_path == "./demo"
+    assert train.parse_args(["--demo"]).lr == train.DEMO_DEFAULTS["lr"]
+    assert train.parse_args(["--arch", "unet_paper"]).base_c == 64
+    assert train.parse_args(["--arch", "unet_paper", "--recipe", "best"]).base_c == RECIPES["best"]["base_c"]
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--ema-decay", "1"), ("--ema-decay", "-0.1"), ("--recipe", "worst")])
+def test_wrong_values(flag, value, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args([flag, value])
+    error = capsys.readouterr().err
+    assert flag in error and value in error and error.count("\n") == 1
+
+
+def test_three_steps_of_the_tutorials_recipe(shared_drive, working_directory):
+    """Against the tutorial's loop in plain words, on the same batches: its loss, optimizer and warm-up."""
+    run(shared_drive, "--epochs", 3, "-b", 6, "--no-channels-last")
+    transform = get_transform(True, DRIVE_MEAN, DRIVE_STD, base_size=80, crop_size=48)
+    batches = training_loader(DriveDataset(shared_drive, True, transform), 6, 0, 0, drop_last=False, pin_memory=False)
+    torch.manual_seed(0)
+    model = UNet(3, 2, base_c=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    expected = []
+    for step, factor in enumerate((0.001, 1.0, 0.5**0.9)):
+        batches.sampler.set_epoch(step)
+        ((image, target),) = batches
+        logits = model(image)["out"]
+        dice = []
+        for probability, label in zip(logits.softmax(dim=1), target, strict=True):
+            for number in (0, 1):
+                p, t = probability[number][label != 255], (label[label != 255] == number).float()
+                dice.append((2 * (p * t).sum() + 1e-6) / (p.sum() + t.sum() + 1e-6))
+        weight = torch.tensor([1.0, 2.0])
+        loss = F.cross_entropy(logits, target, weight, ignore_index=255) + 1 - torch.stack(dice).mean()
+        expected.append(loss.item())
+        optimizer.param_groups[0]["lr"] = 0.05 * factor
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_three_steps_of_the_tutorials_recipe_on_real_photographs(real_drive, working_directory, capsys):
+    """The losses of the tutorial's recipe on photographs 21-36, as first measured with --seed 0."""
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        stop_after_steps(3, patch)
+        train.main(train.parse_args(["--data-path", str(real_drive), "--device", "cpu"]))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Epoch: [0]  [")]
+    assert [line.split("loss: ")[1].split()[0] for line in lines[:3]] == ["1.2115", "1.1886", "1.1483"]
+
+
+def stop_after_steps(steps, patch):
+    original = torch.optim.SGD.step
+    taken = []
+
+    def step(*args, **kwargs):
+        if len(taken) == steps:
+            raise KeyboardInterrupt
+        taken.append(None)
+        return original(*args, **kwargs)
+
+    patch.setattr(torch.optim.SGD, "step", step)
+
+
+@pytest.fixture(scope="module")
+def quick_weights(shared_drive, tmp_path_factory):
+    """The weights of a short run that takes all that the recipes may ask for."""
+    folder = tmp_path_factory.mktemp("quick")
+    flags = [
+        "--recipe",
+        "best",
+        *SMALL_RUN,
+        "--epochs",
+        2,
+        "--steps-per-epoch",
+        15,
+        "-b",
+        2,
+        "--lr",
+        0.02,
+        "--ema-decay",
+        0.5,
+    ]
+    train.main(train.parse_args(["--data-path", str(shared_drive), "--output-dir", str(folder), *map(str, flags)]))
+    return folder / "best_model.pth"
+
+
+def test_the_weights_say_how_to_use_them(quick_weights):
+    checkpoint = load_checkpoint(quick_weights)
+    assert (checkpoint["normalization"], checkpoint["tta"]) == ("photograph", True)
+    assert checkpoint["model"].keys() == checkpoint["training_model"].keys()
+    assert not torch.equal(checkpoint["model"]["out_conv.0.weight"], checkpoint["training_model"]["out_conv.0.weight"])
+    assert checkpoint["lr_scheduler"]["last_epoch"] == 15 * (checkpoint["epoch"] + 1)
+
+
+def test_the_average_is_that_of_the_steps(shared_drive, working_directory, monkeypatch):
+    """After n steps: decay^(n - 1) of the first step's weights, and (1 - decay) decay^(n - k) of the k-th's."""
+    steps = []
+    original = torch.optim.swa_utils.AveragedModel.update_parameters
+
+    def update(self, model):
+        steps.append(model.out_conv[0].weight.detach().clone())
+        original(self, model)
+
+    monkeypatch.setattr(torch.optim.swa_utils.AveragedModel, "update_parameters", update)
+    run(shared_drive, "--epochs", 2, "--steps-per-epoch", 3, "--ema-decay", 0.75)
+    average = steps[0] * 0.75**5 + sum(0.25 * 0.75 ** (5 - k) * steps[k] for k in range(1, 6))
+    assert len(steps) == 6
+    checkpoint = load_checkpoint("save_weights/last_model.pth")
+    assert torch.allclose(checkpoint["model"]["out_conv.0.weight"], average, atol=1e-6)
+    assert torch.equal(checkpoint["training_model"]["out_conv.0.weight"], steps[-1])
+
+
+def test_predict_obeys_the_weights_and_agrees_with_the_scores(quick_weights, shared_drive, tmp_path):
+    model, checkpoint = load_model(quick_weights, CPU)
+    data = DriveDataset(
+        shared_drive,
+        False,
+        get_transform(False, checkpoint["mean"], checkpoint["std"]),
+        prepare=photograph_preparation(checkpoint),
+    )
+    predict.main(
+        predict.parse_args(
+            ["--weights", str(quick_weights), "--output", str(tmp_path), "--image", *map(str, data.img_list)]
+        )
+    )
+    measurement = measure(model, data, CPU, 0.5, tta=True)
+    for score, path, label in zip(measurement.photographs, data.img_list, data.labels, strict=True):
+        mask = np.array(Image.open(tmp_path / f"{path.stem}_vessels.png")) > 0
+        counts = score.model.field_of_view
+        assert np.count_nonzero(mask & (label == 1)) == counts.true_positives > 0
+        assert np.count_nonzero(mask) == counts.true_positives + counts.false_positives
+
+
+def test_predict_normalises_each_photograph_by_its_own(quick_weights, shared_drive, tmp_path):
+    """A photograph that another camera would have made darker and flatter gets the same vessels."""
+    source = shared_drive / "DRIVE/test"
+    photograph = np.array(Image.open(next(source.glob("images/*.tif"))))
+    inside = np.array(Image.open(next(source.glob("mask/*.gif"))).convert("L")) > 0
+    checkpoint = load_checkpoint(quick_weights)
+    pictures = photograph, np.rint(photograph * 0.5 + 20).astype(np.uint8)
+    matched = [
+        match_colours(picture, inside, checkpoint["mean"], checkpoint["std"]).astype(int) for picture in pictures
+    ]
+    assert np.abs(matched[0] - matched[1]).max() <= 3  # levels, of rounding the flat one
+    model = load_model(quick_weights, CPU)[0]
+    original, dark = (
+        segment(model, picture.astype(np.uint8), checkpoint["mean"], checkpoint["std"])[0] for picture in matched
+    )
+    assert (original - dark).abs().mean() < 0.01
+
+
+def test_another_optimizer_cannot_go_on(shared_drive, working_directory, capsys):
+    run(shared_drive, "--epochs", 1)
+    with pytest.raises(SystemExit):
+        flags = ["--data-path", str(shared_drive), *SMALL_RUN, "--epochs", "2", "--resume", "auto"]
+        run_script(train.main, train.parse_args([*flags, "--optimizer", "adamw"]))
+    assert "last_model.pth: of a run with --optimizer sgd, not adamw; give" in capsys.readouterr().err
