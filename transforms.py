@@ -139,7 +139,8 @@ class RandomAffineCrop:
                 [flip * sine / height, cosine / height, 2 * centre_y / height - 1],
             ]
         )
-        grid = affine_grid(matrix[None], [1, 1, self.size, self.size], align_corners=False).to(image.device)
+        matrix = matrix.to(image.device, non_blocking=True)
+        grid = affine_grid(matrix[None], [1, 1, self.size, self.size], align_corners=False)
         image = grid_sample(image[None], grid, mode="bilinear", align_corners=False)[0]
         # Sampling gives 0 beyond the frame, so 255 must be 0 meanwhile.
         shifted = target[None, None].float() - IGNORE_INDEX
@@ -241,7 +242,7 @@ class SegmentationPresetRotation:
         self.transforms = Compose(
             [
                 RandomAffineCrop(crop_size, 0.8 * base_size, 1.15 * base_size),
-                ColorJitter(brightness=0.25, contrast=0.25, saturation=0.25, hue=0.01),
+                ColorJitter(brightness=0.25, contrast=0.25, saturation=0.25),
                 Normalize(mean, std),
             ]
         )

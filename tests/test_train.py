@@ -125,7 +125,7 @@ def test_same_seed_same_numbers_whatever_the_workers(shared_drive, tmp_path, mon
 def evaluations(monkeypatch, *dice):
     """Let the next evaluations find these Dice."""
     original, values = fit.evaluate, iter(dice)
-    monkeypatch.setattr(fit, "evaluate", lambda *args: (original(*args)[0], next(values)))
+    monkeypatch.setattr(fit, "evaluate", lambda *args, **kwargs: (original(*args, **kwargs)[0], next(values)))
 
 
 def test_best_dice_survives_a_resume(shared_drive, working_directory, monkeypatch):

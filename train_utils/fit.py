@@ -266,8 +266,13 @@ def _run_epoch(
     broadcast_buffers(state.model)
     broadcast_buffers(state.evaluated_model)
     _require_finite_weights(state.model, state.epoch)
-    confusion_matrix, dice = evaluate(state.evaluated_model, val_loader, device, num_classes)
+    confusion_matrix, dice = _validate(state, val_loader, device)
     return _results_row(state.epoch, mean_loss, lr, dice, confusion_matrix, time.time() - started), confusion_matrix
+
+
+def _validate(state: TrainingState, val_loader: DataLoader, device: torch.device) -> tuple[ConfusionMatrix, float]:
+    num_classes, dtype = state.args.num_classes + 1, amp_dtype(state.args)
+    return evaluate(state.evaluated_model, val_loader, device, num_classes, amp_dtype=dtype, per_photograph=True)
 
 
 def _resume_or_pretrain(
@@ -280,7 +285,7 @@ def _resume_or_pretrain(
         if state.best_dice is None:
             # The tutorial's files do not say how good they are, nor does a Dice on other photographs; and a worse
             # epoch must not replace a better one.
-            state.best_dice = evaluate(state.evaluated_model, val_loader, device, args.num_classes + 1)[1]
+            state.best_dice = _validate(state, val_loader, device)[1]
     elif state.epoch >= args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch}: leaves nothing of --epochs {args.epochs}; lower it")
     elif args.backbone_weights:
@@ -302,7 +307,8 @@ def _pretrain_backbone(model: nn.Module, args: argparse.Namespace) -> None:
 
 
 def _require_finite_weights(model: nn.Module, epoch: int) -> None:
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
+    # Put together on the device: reading each of a hundred answers would be a hundred waits for a GPU.
+    if not torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all():
         raise NonFiniteLossError(f"the weights became NaN or infinite at the end of epoch {epoch}; lower --lr")
 
 

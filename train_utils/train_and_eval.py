@@ -168,24 +168,34 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, data_loader: DataLoader, device: torch.device, num_classes: int
+    model: nn.Module,
+    data_loader: DataLoader,
+    device: torch.device,
+    num_classes: int,
+    *,
+    amp_dtype: torch.dtype | None = None,
+    per_photograph: bool = False,
 ) -> tuple[ConfusionMatrix, float]:
     """Score a model on every photograph of a loader, and of the other processes' loaders.
 
+    Autocast is used where `amp_dtype` is given.
+
     Returns:
         the confusion matrix over all pixels inside the field of view, and the mean over batches of the foreground
-        Dice of the argmax prediction (over photographs, at batch size 1).
+        Dice of the argmax prediction; with `per_photograph` the mean over photographs, whatever the batches (which
+        must not be padded then).
     """
     model.eval()
-    quick_model = for_inference(model)
+    quick_model = for_inference(model, amp=amp_dtype is not None)
     confusion_matrix = ConfusionMatrix(num_classes)
     dice = DiceCoefficient(num_classes, ignore_index=IGNORE_INDEX)
     metric_logger = MetricLogger(delimiter="  ")
     for image, target in metric_logger.log_every(data_loader, 100, "Test:"):
         image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
-        logits = quick_model(image)["out"]
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            logits = quick_model(image)["out"]
         confusion_matrix.update(target.flatten(), logits.argmax(1).flatten())
-        dice.update(logits, target)
+        dice.update(logits, target, weight=len(image) if per_photograph else 1)
     confusion_matrix.reduce_from_all_processes()
     dice.reduce_from_all_processes()
     return confusion_matrix, dice.value.item()
