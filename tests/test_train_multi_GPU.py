@@ -215,6 +215,28 @@ def test_ranks_agree_and_validation_is_exact(shared_drive, tmp_path, world_size)
     assert distributed_dice == pytest.approx(dice, abs=1e-6)
 
 
+def train_by_a_recipe(meeting_point, data):
+    """In each process: keep the averaged weights that are evaluated last."""
+    args = parse(data, "--recipe", "quick", "--epochs", "2", "--steps-per-epoch", "2", "--dist-url", meeting_point)
+    evaluate = fit.evaluate
+
+    def remember(model, *arguments, **kwargs):
+        torch.save(model.state_dict(), f"rank{args.rank}.pth")
+        return evaluate(model, *arguments, **kwargs)
+
+    fit.evaluate = remember
+    train_multi_GPU.main(args)
+
+
+def test_averaged_weights_are_the_same_in_all_processes(shared_drive, tmp_path):
+    in_processes(train_by_a_recipe, 2, tmp_path, f"file://{tmp_path}/meet", shared_drive)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2)]
+    saved = load_checkpoint(tmp_path / "multi_train/last_model.pth")
+    for name, value in saved["model"].items():
+        assert torch.equal(value, ranks[0][name]) and torch.equal(value, ranks[1][name]), name
+    assert saved["lr_scheduler"]["last_epoch"] == 4
+
+
 def train_with_a_nan_on_rank_1(meeting_point, data):
     args = parse(data, "--epochs", "50", "-b", "1", "--print-freq", "2", "--dist-url", meeting_point)
     original = train_multi_GPU.training_loader
