@@ -1,14 +1,25 @@
 import argparse
+import contextlib
+import copy
 import shutil
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import train
+import train_multi_GPU
+from my_dataset import DriveDataset
 from tests.conftest import SMALL_RUN
-from train_utils import fit, load_checkpoint
+from tests.processes import in_processes
+from tests.test_resume import interrupt_in
+from tests.test_train_multi_GPU import assert_same_state
+from train_utils import create_lr_scheduler, evaluate, fit, load_checkpoint, logger, metrics, train_and_eval
 from train_utils.command_line import UsageError, run_script
+from train_utils.data_loading import SeededDataset, evaluation_loader, training_loader
 from train_utils.speed import amp_dtype, evaluation_pixels, place_photographs, settle_speed
+from train_utils.synthetic_drive import write_synthetic_drive
+from transforms import AUGMENTATIONS, get_transform
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)  # settling a flag needs no GPU
 
@@ -151,3 +162,231 @@ def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(UsageError, match=r"^--compile: torch.compile does not work here \(no compiler found\); train"):
         settled(CPU, "--compile")
+
+
+# ---- photographs on the device
+
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
+GREY_LEVEL = 1 / 255 / 0.2  # one of 256, after normalisation
+
+
+def dataset(folder, train=True, augmentation="tutorial", base_size=80, crop_size=48):
+    return DriveDataset(folder, train, get_transform(train, MEAN, STD, base_size, crop_size, augmentation))
+
+
+@pytest.fixture(scope="module")
+def larger_drive(tmp_path_factory):
+    """Two training photographs of a third of DRIVE's size."""
+    return write_synthetic_drive(tmp_path_factory.mktemp("larger"), training=2, test=1, width=190, height=196)
+
+
+@pytest.mark.parametrize("augmentation", list(AUGMENTATIONS))
+def test_both_paths_draw_the_same_augmentations(larger_drive, augmentation):
+    """With a seed, an item is the same crop of the same photograph in both, but for the rounding of the resampling."""
+    on_host = SeededDataset(dataset(larger_drive, augmentation=augmentation, base_size=190, crop_size=160))
+    on_device = SeededDataset(on_host.dataset.to(CPU))
+    for seed in range(30):
+        (image, label), (other_image, other_label) = (items[seed % 2, seed] for items in (on_host, on_device))
+        assert image.dtype == other_image.dtype and label.dtype == other_label.dtype
+        difference = (image - other_image).abs()
+        assert difference.mean() < 0.02 * GREY_LEVEL and difference.max() < 1.01 * GREY_LEVEL
+        # Where the centre of a pixel falls between two others, one takes the upper and one the lower of them.
+        assert (label != other_label).float().mean() < 0.005
+        another = on_device[seed % 2, seed + 1000][0]
+        assert (image - another).abs().mean() > 1 * GREY_LEVEL
+
+
+def test_both_paths_have_the_same_distribution(shared_drive):
+    """Moments over many draws under seeds of their own: each mean agrees within four standard errors of it."""
+    statistics = []
+    for data, seeds in ((dataset(shared_drive), range(800)), (dataset(shared_drive).to(CPU), range(5000, 5800))):
+        items = SeededDataset(data)
+        draws = []
+        for seed in seeds:
+            image, label = items[seed % 6, seed]
+            moments = [*image.mean((1, 2)), image.std(), (label == 255).float().mean(), (label == 1).float().mean()]
+            left_minus_right = image[..., :24].mean() - image[..., 24:].mean()
+            draws.append(torch.stack([*moments, left_minus_right, image[:, -8:].mean()]))
+        statistics.append(torch.stack(draws))
+    first, second = statistics
+    error = ((first.var(0) + second.var(0)) / 800).sqrt()
+    assert ((first.mean(0) - second.mean(0)).abs() < 4 * error).all()
+    ratio = first.std(0) / second.std(0)
+    assert ((ratio > 0.85) & (ratio < 1.18)).all()
+
+
+def test_epochs_are_a_function_of_their_number(shared_drive):
+    def epoch(number):
+        loader = training_loader(dataset(shared_drive).to(CPU), 4, 0, seed=1, drop_last=False, pin_memory=False)
+        loader.sampler.set_epoch(number)
+        return list(loader)
+
+    first, again, other = epoch(0), epoch(0), epoch(1)
+    assert [image.shape for image, _ in first] == [(4, 3, 48, 48), (2, 3, 48, 48)]
+    for (image, label), (image_again, label_again), (other_image, _) in zip(first, again, other, strict=True):
+        assert torch.equal(image, image_again) and torch.equal(label, label_again)
+        assert not torch.equal(image, other_image)
+
+
+def test_photographs_of_the_device_stay_as_they_are(shared_drive):
+    data = dataset(shared_drive).to(CPU)
+    before = copy.deepcopy(data.on_device)
+    for index in range(len(data)):
+        for part in data[index]:
+            part.fill_(7)
+    for (image, label), (image_before, label_before) in zip(data.on_device, before, strict=True):
+        assert torch.equal(image, image_before) and torch.equal(label, label_before)
+
+
+def test_evaluation_in_batches_is_the_mean_over_photographs(shared_drive):
+    data = dataset(shared_drive, train=False)
+    for index in (1, 3):  # photographs of two sizes
+        data.images[index], data.labels[index] = data.images[index][:-8], data.labels[index][:-8]
+    torch.manual_seed(0)
+    model = train.create_model(base_c=4)
+    plain = evaluate(model, evaluation_loader(data, 0, pin_memory=False), CPU, 2)
+    for pixels, sizes in ((0, [1, 1, 1, 1]), (2 * 80 * 72, [2, 2]), (10**9, [2, 2])):
+        loader = evaluation_loader(data.to(CPU), 0, pin_memory=False, batch_pixels=pixels)
+        assert [len(image) for image, _ in loader] == sizes
+        confusion_matrix, dice = evaluate(model, loader, CPU, 2, per_photograph=True)
+        assert confusion_matrix.mat.tolist() == plain[0].mat.tolist()
+        assert dice == pytest.approx(plain[1], abs=1e-6)
+    data.images.pop(), data.labels.pop(), data.img_list.pop()  # three photographs: batches of 2 and 1
+    plain = evaluate(model, evaluation_loader(data, 0, pin_memory=False), CPU, 2)
+    loader = evaluation_loader(data.to(CPU), 0, pin_memory=False, batch_pixels=2 * 80 * 72)
+    assert sorted(len(image) for image, _ in loader) == [1, 2]
+    assert evaluate(model, loader, CPU, 2, per_photograph=True)[1] == pytest.approx(plain[1], abs=1e-6)
+
+
+def test_training_with_the_photographs_on_the_device(shared_drive, working_directory):
+    plain = run(shared_drive, "--epochs", "3")
+    moved = run(shared_drive, "--epochs", "3", "--device-data", "-j", "2")
+    assert moved["args"]["workers"] == 0
+    losses = [[row["train_loss"] for row in checkpoint["history"]] for checkpoint in (plain, moved)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("flags", [["--device-data", "--channels-last"], ["--device-data", "--amp"]])
+def test_an_exact_resume(shared_drive, working_directory, monkeypatch, flags):
+    undisturbed = run(shared_drive, "--epochs", "4", *flags)
+    other = ["--epochs", "4", *flags, "--output-dir", "other"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_in(2, patch)
+        run(shared_drive, *other)
+    run(shared_drive, *other, "--resume", "auto")
+    assert_same_state(undisturbed, load_checkpoint("other/last_model.pth"))
+
+
+def train_together(meeting_point, data, flags):
+    flags = ["--data-path", str(data), *SMALL_RUN, "-b", "1", "--dist-url", meeting_point, *flags]
+    args = train_multi_GPU.parse_args(flags)
+    wrap = train_multi_GPU.wrap
+
+    def keep(model, args):
+        wrapped = wrap(model, args)
+        assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
+        keep.model = model
+        return wrapped
+
+    train_multi_GPU.wrap = keep
+    run_script(train_multi_GPU.main, args)
+    torch.save(keep.model.state_dict(), f"rank{args.rank}.pth")
+
+
+@pytest.mark.parametrize("flags", [["--device-data", "--channels-last", "--amp"], ["--no-channels-last"]])
+def test_two_processes(shared_drive, tmp_path, flags):
+    flags = ["--epochs", "2", *flags]
+    printed = in_processes(train_together, 2, tmp_path, f"file://{tmp_path}/meet", shared_drive, flags)
+    assert "Grad strides do not match" not in "".join(printed)  # DDP would copy every gradient
+    ranks = [torch.load(tmp_path / f"rank{rank}.pth") for rank in range(2)]
+    assert all(torch.equal(value, ranks[1][name]) for name, value in ranks[0].items())
+    checkpoint = load_checkpoint(tmp_path / "multi_train" / "last_model.pth")
+    assert all(torch.equal(value, ranks[0][name]) for name, value in checkpoint["model"].items())
+    # The photographs of both processes, each counted once, whatever the batches.
+    model = train.create_model(base_c=4)
+    model.load_state_dict(checkpoint["model"])
+    loader = evaluation_loader(dataset_of_a_run(shared_drive), 0, pin_memory=False)
+    settled_args = argparse.Namespace(**checkpoint["args"])
+    _, dice = evaluate(model, loader, CPU, 2, amp_dtype=amp_dtype(settled_args))
+    assert checkpoint["history"][-1]["dice"] == pytest.approx(dice, abs=1e-4)
+
+
+def dataset_of_a_run(folder):
+    return fit.open_datasets(train.parse_args(["--data-path", str(folder), *SMALL_RUN]))[1]
+
+
+# ---- no waiting for a GPU: tensors on the "meta" device have no values that could be read
+
+
+class HostCopies(TorchFunctionMode):
+    """Counts what makes a GPU wait besides reading a value: tensors made from numbers there, and blocking copies."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.count = device, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == self.device
+        places = [arg for arg in (*args[1:], kwargs.get("device")) if isinstance(arg, torch.device)]
+        moved = function is torch.Tensor.to and args[0].device not in places and self.device in places
+        self.count += made or (moved and not kwargs.get("non_blocking"))
+        return function(*args, **kwargs)
+
+
+META = torch.device("meta")
+
+
+@pytest.fixture
+def without_values(monkeypatch):
+    """Leave out what may wait: the end of an epoch, where its results are read."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    monkeypatch.setattr(train_and_eval, "_require_finite", lambda *args: None)
+    monkeypatch.setattr(logger, "is_main_process", lambda: False)
+    monkeypatch.setattr(logger.SmoothedValue, "global_avg", 0.0)
+    monkeypatch.setattr(logger.MetricLogger, "synchronize_between_processes", lambda self: None)
+    monkeypatch.setattr(metrics.DiceCoefficient, "value", torch.zeros(()))
+
+
+@pytest.mark.parametrize("augmentation", list(AUGMENTATIONS))
+def test_an_epoch_does_not_wait(shared_drive, without_values, augmentation):
+    model = train.create_model(base_c=2).to(META)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    data = dataset(shared_drive, augmentation=augmentation).to(META)
+    counts = []
+    for batch_size in (6, 3, 1):
+        loader = training_loader(data, batch_size, 0, seed=0, drop_last=False, pin_memory=False)
+        with HostCopies(META) as copies:
+            train_and_eval.train_one_epoch(
+                model, optimizer, loader, META, 0, 2, create_lr_scheduler(optimizer, 6, 2), print_freq=1
+            )
+        counts.append(copies.count)
+    assert counts[1] == counts[2] <= 1  # the class weights, before the first step
+
+
+def test_an_evaluation_does_not_wait(shared_drive, without_values):
+    model = train.create_model(base_c=2).to(META)
+    data = dataset(shared_drive, train=False).to(META)
+    counts = []
+    for pixels in (0, 10**6, 0):
+        loader = evaluation_loader(data, 0, pin_memory=False, batch_pixels=pixels)
+        with HostCopies(META) as copies:
+            evaluate(model, loader, META, 2, per_photograph=True)
+        counts.append(copies.count)
+    assert counts[1:] == [0, 0]
+
+
+def test_a_loss_is_looked_at_now_and_then(monkeypatch, without_values):
+    looks = []
+    monkeypatch.setattr(train_and_eval, "STEPS_UNCHECKED", 10)
+    monkeypatch.setattr(train_and_eval, "_require_finite", lambda loss, epoch, step: looks.append(step))
+    model = torch.nn.Conv2d(3, 2, 1).to(META)
+    model.forward = lambda image, forward=model.forward: {"out": forward(image)}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    item = torch.rand(1, 3, 2, 2, device=META), torch.zeros(1, 2, 2, dtype=torch.int64, device=META)
+    for steps, print_freq, expected in ((5, 1, [4]), (25, 1, [10, 20, 24]), (25, 24, [24, 24])):
+        looks.clear()
+        scheduler = create_lr_scheduler(optimizer, steps, 2)
+        train_and_eval.train_one_epoch(model, optimizer, [item] * steps, META, 0, 2, scheduler, print_freq)
+        assert looks == expected
