@@ -33,7 +33,7 @@ def test_files_of_a_run(working_directory):
     results = ResultsFiles()
     for epoch in range(3):
         results.rows.append(row(epoch))
-        results.write()
+        results.write(results.rows)
     text = Path(f"{results.stem}.txt").read_text()
     assert [line for line in text.splitlines() if "epoch" in line] == ["[epoch: 0]", "[epoch: 1]", "[epoch: 2]"]
     with open(f"{results.stem}.csv", newline="") as file:
@@ -50,7 +50,7 @@ def test_files_of_a_run(working_directory):
 def write_run(epochs):
     results = ResultsFiles()
     results.rows = [row(epoch) for epoch in range(epochs)]
-    results.write()
+    results.write(results.rows)
     return results
 
 
@@ -58,7 +58,7 @@ def test_resumed_run_goes_on_in_its_files(working_directory):
     before = write_run(3)
     resumed = ResultsFiles()
     resumed.resume(before.stem, [*before.rows, row(3)])  # killed between the checkpoint and the results
-    resumed.write()
+    resumed.write(resumed.rows)
     assert resumed.stem == before.stem
     assert Path(f"{before.stem}.txt").read_text().count("[epoch: 3]") == 1
 
@@ -67,13 +67,13 @@ def test_rows_of_later_epochs_are_not_lost(working_directory):
     before = write_run(5)
     resumed = ResultsFiles()
     resumed.resume(before.stem, before.rows[:2])  # from an early checkpoint of a run that went on
-    resumed.write()
+    resumed.write(resumed.rows)
     assert resumed.stem != before.stem
     assert Path(f"{before.stem}.txt").read_text().count("[epoch") == 5
 
 
 def test_nothing_is_written_without_a_row(working_directory):
-    ResultsFiles().write()
+    ResultsFiles().write([])
     assert not list(working_directory.iterdir())
 
 

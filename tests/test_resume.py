@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,26 @@ def test_what_to_resume_is_of_this_run(shared_drive, working_directory, monkeypa
     with pytest.raises(SystemExit):
         run(shared_drive, "--epochs", 1, "--seed", 1)
     assert capsys.readouterr().out.splitlines()[-1] == "interrupted in epoch 0; no epoch was saved yet"
+
+
+def test_files_are_of_their_epoch_however_slow_the_disk(
+    shared_drive, undisturbed, working_directory, monkeypatch, capsys
+):
+    def slow(checkpoint, path):
+        time.sleep(0.3)
+        save_checkpoint(checkpoint, path)
+
+    monkeypatch.setattr(fit, "save_checkpoint", slow)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_in(3, patch)
+        run(shared_drive, "--epochs", 6, "--save-best", "False")
+    assert f"interrupted in epoch 3; the last whole state is in {LAST}" in capsys.readouterr().out
+    for epoch in range(3):
+        checkpoint = load_checkpoint(LAST.with_name(f"model_{epoch}.pth"))
+        assert checkpoint["epoch"] == epoch and len(checkpoint["history"]) == epoch + 1
+        assert checkpoint["lr_scheduler"]["last_epoch"] == 2 * (epoch + 1)
+    run(shared_drive, "--epochs", 6, "--save-best", "False", "--resume", "auto")
+    assert_same_state(undisturbed, load_checkpoint(LAST))
 
 
 def test_a_full_disk_keeps_the_state_before(shared_drive, working_directory, capsys):

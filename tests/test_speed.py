@@ -294,7 +294,7 @@ def train_together(meeting_point, data, flags):
     torch.save(keep.model.state_dict(), f"rank{args.rank}.pth")
 
 
-@pytest.mark.parametrize("flags", [["--device-data", "--channels-last", "--amp"], ["--no-channels-last"]])
+@pytest.mark.parametrize("flags", [["--device-data", "--channels-last", "--amp"], ["-j", "0", "--channels-last"]])
 def test_two_processes(shared_drive, tmp_path, flags):
     flags = ["--epochs", "2", *flags]
     printed = in_processes(train_together, 2, tmp_path, f"file://{tmp_path}/meet", shared_drive, flags)

@@ -38,6 +38,23 @@ def test_mixed_precision_goes_on_from_a_checkpoint_without_scaler():
     assert restored.scaler.get_scale() == 2.0 and restored.epoch == 1
 
 
+def test_a_checkpoint_does_not_change_while_training_goes_on():
+    state = new_state("--optimizer", "sgd")
+    state.model(torch.rand(1, 3, 32, 32))["out"].sum().backward()
+    state.optimizer.step()
+    checkpoint = as_loaded(state)
+    weight, momentum = (
+        checkpoint["model"]["out_conv.0.weight"],
+        checkpoint["optimizer"]["state"][0]["momentum_buffer"],
+    )
+    before = weight.clone(), momentum.clone()
+    state.optimizer.step()
+    state.finish_epoch({"epoch": 1, "dice": 0.6})
+    assert torch.equal(weight, before[0]) and torch.equal(momentum, before[1])
+    assert not torch.equal(weight, state.model.out_conv[0].weight)
+    assert len(checkpoint["history"]) == 1
+
+
 def test_flags_win_over_the_settings_of_the_checkpoint():
     checkpoint = as_loaded(new_state())
     restored = new_state("--lr", "0.5", "--momentum", "0.3", "--wd", "0", "--epochs", "7")

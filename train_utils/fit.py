@@ -4,6 +4,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from src import ARCHITECTURES, BackboneUNet
 from src.photograph import field_of_view_diameter
 from transforms import AUGMENTATIONS, get_transform
 
-from .checkpoint import BEST_MODEL, LAST_MODEL, load_backbone_weights, save_checkpoint
+from .checkpoint import BEST_MODEL, LAST_MODEL, Checkpoint, load_backbone_weights, save_checkpoint
 from .command_line import UsageError, add_switch, at_least, fraction, probability_or_auto
 from .data_loading import photograph_preparation
 from .distributed_utils import broadcast_buffers, is_main_process, on_main_process
 from .files import make_output_folder
-from .logger import Row
+from .logger import ResultsFiles, Row
 from .metrics import ConfusionMatrix
 from .recipes import RECIPES
 from .speed import add_speed_flags, amp_dtype
@@ -216,9 +217,9 @@ def fit(
         fov_diameter=_median_diameter(train_loader.dataset.dataset),
     )
     _resume_or_pretrain(state, val_loader, device, args)
-    tensorboard = None
+    saver, tensorboard = _Saver(), None
     if is_main_process():
-        state.results.write()
+        state.results.write(state.results.rows)
         if args.tensorboard:
             tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch)
 
@@ -230,13 +231,16 @@ def fit(
                 print(f"{confusion_matrix}\ndice coefficient: {row['dice']:.3f}", flush=True)
                 if tensorboard is not None:
                     tensorboard.write(row)
-            on_main_process(_save, state, improved, args)
+            on_main_process(saver.save, state, improved)
             state.saved_in = str(Path(args.output_dir, LAST_MODEL))
+        on_main_process(saver.wait)
     except KeyboardInterrupt:
+        saver.wait()
         if is_main_process():
             print(f"interrupted in epoch {state.epoch}; {_where_to_resume(state)}")
         raise SystemExit(130) from None
     except NonFiniteLossError as error:
+        saver.wait()
         raise NonFiniteLossError(f"{error}; {_where_to_resume(state)}") from error
     return state.best_dice
 
@@ -335,12 +339,32 @@ def _results_row(
     }
 
 
-def _save(state: TrainingState, improved: bool, args: argparse.Namespace) -> None:
-    checkpoint = state.checkpoint()
+class _Saver:
+    """Writes the files of an epoch while the next one trains: on a GPU they would take longer than the epoch itself."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future | None = None
+
+    def save(self, state: TrainingState, improved: bool) -> None:
+        self.wait()
+        self._pending = self._thread.submit(_write, state.checkpoint(), improved, state.args, state.results)
+
+    def wait(self) -> None:
+        """Return when all is written.
+
+        Raises:
+            OutputError: a file could not be written.
+        """
+        if self._pending is not None:
+            self._pending.result()
+
+
+def _write(checkpoint: Checkpoint, improved: bool, args: argparse.Namespace, results: ResultsFiles) -> None:
     folder = Path(args.output_dir)
     if not args.save_best:
         save_checkpoint(checkpoint, folder / f"model_{checkpoint['epoch']}.pth")
     elif improved:
         save_checkpoint(checkpoint, folder / BEST_MODEL)
     save_checkpoint(checkpoint, folder / LAST_MODEL)
-    state.results.write()
+    results.write(checkpoint["history"])

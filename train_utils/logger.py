@@ -7,7 +7,7 @@ import itertools
 import string
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,19 +185,19 @@ class ResultsFiles:
             if written <= len(rows):
                 self._stem = stem
 
-    def write(self) -> None:
+    def write(self, rows: Sequence[Row]) -> None:
         """Write both files, if there is a row.
 
         Raises:
             train_utils.files.OutputError: they cannot be written.
         """
-        if not self.rows:
+        if not rows:
             return
         with replace_whole(f"{self.stem}.txt") as file:
-            file.write("".join(map(format_row, self.rows)).encode())
+            file.write("".join(map(format_row, rows)).encode())
         table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, flatten_row(self.rows[-1]))
+        writer = csv.DictWriter(table, flatten_row(rows[-1]))
         writer.writeheader()
-        writer.writerows(map(flatten_row, self.rows))
+        writer.writerows(map(flatten_row, rows))
         with replace_whole(f"{self.stem}.csv") as file:
             file.write(table.getvalue().encode())

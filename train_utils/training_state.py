@@ -1,7 +1,9 @@
 """All that a run must remember from one epoch to the next, and how it comes back from a checkpoint."""
 
 import argparse
+import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -103,7 +105,7 @@ class TrainingState:
         return improved
 
     def checkpoint(self) -> Checkpoint:
-        """The state after the last finished epoch, as tensors and plain values."""
+        """The state after the last finished epoch, as tensors and plain values, which later epochs do not change."""
         state = {
             "model": self.evaluated_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -123,7 +125,9 @@ class TrainingState:
         }
         if self.averaged is not None:
             state["training_model"] = self.model.state_dict()
-        return state if self.scaler is None else state | {"scaler": self.scaler.state_dict()}
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        return _copy_on_host(state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on after the epoch that a checkpoint ends with; the flags win over the settings stored in it."""
@@ -165,6 +169,16 @@ class TrainingState:
             print(
                 f"changed since the checkpoint: {', '.join(changed)}; the schedule is made anew from epoch {self.epoch}"
             )
+
+
+def _copy_on_host(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to("cpu", copy=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # with what a state dict holds besides its items
+        copied.update((name, _copy_on_host(item)) for name, item in value.items())
+        return copied
+    return [_copy_on_host(item) for item in value] if isinstance(value, list) else value
 
 
 def _make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
