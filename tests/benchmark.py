@@ -60,7 +60,7 @@ VALIDATED = 3  # photographs, held out of the training ones
 DATA = "a photograph through the training transforms"
 FORWARD, LOSS, BACKWARD, OPTIMIZER = (f"training step: {part}" for part in ("forward", "loss", "backward", "optimizer"))
 STEP = "training step, whole"
-GAP = "lost between two epochs"
+GAP = "lost between two epochs by loading"
 VALIDATION = "validation, a photograph"
 INFERENCE = "forward pass of a photograph"
 PREDICTION = "predict.py, a photograph"
@@ -224,7 +224,10 @@ class Project(Subject):
 
     def evaluate(self) -> float:
         """The Dice of the photographs to validate on."""
-        return train_and_eval.evaluate(self.model, self.val_loader, self.device, self.args.num_classes + 1)[1]
+        num_classes, dtype = self.args.num_classes + 1, amp_dtype(self.args)
+        return train_and_eval.evaluate(
+            self.model, self.val_loader, self.device, num_classes, amp_dtype=dtype, per_photograph=True
+        )[1]
 
     @torch.inference_mode()
     def inference(self) -> Measured:
@@ -405,7 +408,7 @@ class Limit(Subject):
 
     @torch.inference_mode()
     def rates(self) -> Measured:
-        """FLOP per second in float32 and in the precision of the training step."""
+        """FLOP per second in float32 and in the precision of training and validation."""
         return {str(dtype): self._rate(dtype) for dtype in {torch.float32, _step_dtype(self.args)}}
 
     def _rate(self, dtype: torch.dtype) -> float:
@@ -454,7 +457,8 @@ def limits(args: argparse.Namespace, photograph: Path, rates: Mapping[str, float
         FORWARD: forward.get_total_flops() / step_rate,
         BACKWARD: backward.get_total_flops() / step_rate,
         STEP: (forward.get_total_flops() + backward.get_total_flops()) / step_rate,
-        **dict.fromkeys((VALIDATION, INFERENCE, PREDICTION), inference.get_total_flops() / rate),
+        VALIDATION: inference.get_total_flops() / step_rate,
+        **dict.fromkeys((INFERENCE, PREDICTION), inference.get_total_flops() / rate),
     }
 
 
