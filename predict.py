@@ -40,6 +40,7 @@ from train_utils.command_line import (
 )
 from train_utils.export import export_onnx
 from train_utils.files import make_output_folder, replace_whole
+from train_utils.speed import add_amp_flags, amp_dtype, settle_amp
 
 TABLE = "predictions.csv"
 VESSEL_COLOUR = (0, 255, 255)  # far from everything in a retina
@@ -67,9 +68,7 @@ class Prediction:
 def main(args: argparse.Namespace) -> None:
     device = select_device(args.device)
     print(f"using {device} device.")
-    if args.amp and device.type != "cuda":
-        print(f"--amp: has no use on {device.type}, predicting in float32")
-        args.amp = False
+    settle_amp(args, device)
     if args.export:
         export_onnx(args.weights, args.export)
         print(f"{args.export}: the model of {args.weights} as ONNX")
@@ -126,7 +125,7 @@ def predict(path: Path, model: nn.Module, checkpoint: Checkpoint, args: argparse
             tile=args.tile,
             flips=args.tta,
             batch_size=args.batch_size,
-            amp=args.amp,
+            amp_dtype=amp_dtype(args),
         )
     except torch.OutOfMemoryError as error:
         raise UsageError(f"--tile: {path} does not fit into the GPU's memory; try --tile 512 --batch-size 1") from error
@@ -375,7 +374,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_switch(parser, "--overlay", default=False, help="write the photograph with the vessels drawn in, too")
     add("--tile", type=at_least(64), metavar="N", help="side of overlapping tiles (default: as memory demands)")
     add("--batch-size", default=1, type=at_least(1), help="tiles or flips that go through the model at once")
-    add_switch(parser, "--amp", default=False, help="automatic mixed precision (on a GPU)")
+    add_amp_flags(parser)
     add("--device", default="cuda", help="cuda means the CPU where there is no GPU")
     add("--export", metavar="FILE", help="predict nothing, but write the model as ONNX (needs onnx and onnxscript)")
     return parser

@@ -57,7 +57,7 @@ def segment(
     tile: int | None = None,
     flips: bool = False,
     batch_size: int = 1,
-    amp: bool = False,
+    amp_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The probability of every class but the background, at each pixel of a photograph.
 
@@ -69,7 +69,7 @@ def segment(
         tile: side in pixels (after scaling) of overlapping tiles to cut it into; None: only as memory demands.
         flips: average over the four flips of the picture, for four times the work.
         batch_size: tiles or flips that go through the model at once.
-        amp: use automatic mixed precision.
+        amp_dtype: the lower precision of automatic mixed precision; None: float32 throughout.
 
     Returns:
         float64 [C - 1, H, W] on the CPU; for two classes, the vessels alone.
@@ -84,7 +84,7 @@ def segment(
     if tile is None:
         tile = _tile_for_memory(model, *photograph.shape[:2], len(turns), batch_size)
 
-    probabilities = _blend(model, photograph, mean, std, tile, turns, batch_size, amp)
+    probabilities = _blend(model, photograph, mean, std, tile, turns, batch_size, amp_dtype)
     if scale != 1:
         probabilities = F.interpolate(probabilities[None], (height, width), mode="bilinear", antialias=True)[0]
     return probabilities
@@ -106,7 +106,7 @@ def _blend(
     tile: int,
     turns: Sequence[tuple[int, ...]],
     batch_size: int,
-    amp: bool,
+    amp_dtype: torch.dtype | None,
 ) -> Tensor:
     rows, columns = (_overlapping_spans(length, tile) for length in photograph.shape[:2])
     blended = None
@@ -114,7 +114,7 @@ def _blend(
         images = [
             normalise(photograph[rows[row][0], columns[column][0]], mean, std).flip(flip) for row, column, flip in views
         ]
-        probabilities = _forward(model, torch.stack(images), amp)  # [N, C - 1, h, w]
+        probabilities = _forward(model, torch.stack(images), amp_dtype)  # [N, C - 1, h, w]
         if blended is None:
             blended = probabilities.new_zeros(probabilities.shape[1], *photograph.shape[:2])
         for (row, column, flip), probability in zip(views, probabilities, strict=True):
@@ -156,12 +156,12 @@ def _batches(rows: list, columns: list, turns: Sequence[tuple[int, ...]], batch_
             yield batch
 
 
-def _forward(model: nn.Module, images: Tensor, amp: bool) -> Tensor:
+def _forward(model: nn.Module, images: Tensor, amp_dtype: torch.dtype | None) -> Tensor:
     """Probabilities float64 [N, C - 1, H, W], on the CPU, of normalised images [N, 3, H, W]."""
     height, width = images.shape[-2:]
     device = next(model.parameters()).device
     images = F.pad(images, [0, max(SMALLEST_SIDE - width, 0), 0, max(SMALLEST_SIDE - height, 0)])
-    with torch.autocast(device.type, enabled=amp):
+    with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
         logits = model(images.to(device))["out"][..., :height, :width]
     # In float64, since float32 would round logits that hardly differ to two probabilities of 0.5: above 0.5 is then
     # exactly what argmax calls a vessel.

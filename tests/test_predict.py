@@ -394,11 +394,16 @@ def test_tiles_flips_and_batches_reach_the_model(tmp_path, weights, photographs,
     np.testing.assert_allclose(pixels(tmp_path / "a_probability.png") / 65535, expected, atol=1e-5)
 
 
-def test_amp_has_no_effect_on_a_cpu(tmp_path, weights, photographs, capsys):
-    for flags in (("plain.png",), ("amp.png", "--amp"), ("no_amp.png", "--no-amp")):
-        run("--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / flags[0], *flags[1:])
-    assert capsys.readouterr().out.count("--amp: has no use on cpu, predicting in float32") == 1
-    assert (tmp_path / "amp.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+def test_amp_is_bfloat16_on_a_cpu(tmp_path, weights, photographs, capsys):
+    for name, *flags in (("plain",), ("amp", "--amp"), ("bfloat16", "--amp", "--amp-dtype", "bfloat16")):
+        output = ("--output", tmp_path / f"{name}.png", "--save-prob")
+        run("--weights", weights, "--image", photographs / "01.png", *output, *flags)
+    assert capsys.readouterr().out.count("--amp: bfloat16 on cpu; it pays only where") == 2
+    plain, amp, bfloat16 = (
+        pixels(tmp_path / f"{name}_probability.png") / 65535 for name in ("plain", "amp", "bfloat16")
+    )
+    assert np.array_equal(amp, bfloat16) and not np.array_equal(amp, plain)
+    np.testing.assert_allclose(amp, plain, atol=0.05)
 
 
 def test_more_than_two_classes_give_labels(tmp_path, photographs, capsys):
