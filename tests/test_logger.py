@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train_utils import MetricLogger, SmoothedValue
+from train_utils import MetricLogger, SmoothedValue, logger
 from train_utils.logger import ResultsFiles, format_row
 
 
@@ -99,3 +99,26 @@ def test_log_every(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[1] for line in lines[:-1]] == ["[0/5]", "[2/5]", "[4/5]"]
     assert "loss: 5.0000 (3.0000)" in lines[2] and lines[-1].startswith("Test: Total time: 0:00:0")
+
+
+class OnGpu(SmoothedValue):
+    """A series whose values lie on a device other than the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = torch.zeros((), device="meta")
+
+    def __str__(self):
+        return "x"
+
+
+@pytest.mark.parametrize("meter, printed", [(SmoothedValue(fmt="x"), list(range(10))), (OnGpu(), [3, 7, 9])])
+def test_lines_that_a_gpu_must_be_waited_for_are_a_second_apart(monkeypatch, capsys, meter, printed):
+    now = 0.0
+    monkeypatch.setattr(logger.time, "time", lambda: now)
+    metric_logger = MetricLogger()
+    metric_logger.add_meter("loss", meter)
+    for _ in metric_logger.log_every(range(10), 1, "Epoch:"):
+        now += 0.25
+    lines = [line for line in capsys.readouterr().out.splitlines() if "loss: x" in line]
+    assert [int(line.split("[")[1].split("/")[0]) for line in lines] == printed

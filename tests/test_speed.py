@@ -2,6 +2,7 @@ import argparse
 import contextlib
 import copy
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -390,3 +391,35 @@ def test_a_loss_is_looked_at_now_and_then(monkeypatch, without_values):
         scheduler = create_lr_scheduler(optimizer, steps, 2)
         train_and_eval.train_one_epoch(model, optimizer, [item] * steps, META, 0, 2, scheduler, print_freq)
         assert looks == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_epoch_on_a_gpu_does_not_wait(shared_drive):
+    data = dataset(shared_drive).to(CUDA)
+    model = train.create_model(base_c=4).to(CUDA, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cuda")
+    counts = []
+    for batch_size in (6, 3, 1):
+        loader = training_loader(data, batch_size, 0, seed=0, drop_last=False, pin_memory=False)
+        scheduler = create_lr_scheduler(optimizer, 6, 2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            train_and_eval.train_one_epoch(model, optimizer, loader, CUDA, 0, 2, scheduler, 1, scaler)
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
+    assert 0 < counts[1] == counts[2]  # the end of the epoch, however many steps it has
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "flags", [[], ["--amp"], ["--amp", "--amp-dtype", "bfloat16"], ["--no-device-data", "-j", "2"]]
+)
+def test_defaults_on_a_gpu(shared_drive, working_directory, flags):
+    settings = run(shared_drive, "--epochs", "2", "--device", "cuda", *flags)["args"]
+    assert settings["device_data"] is ("--no-device-data" not in flags)
+    assert settings["channels_last"] is ("--amp" in flags)
+    assert run(shared_drive, "--epochs", "3", "--device", "cuda", *flags, "--resume", "auto")["epoch"] == 2
