@@ -95,10 +95,10 @@ def test_sync_bn_without_a_gpu(shared_drive, working_directory):
 
 
 def test_too_many_processes_say_which_flag_to_change():
-    args = argparse.Namespace(world_size=8, batch_size=4)
+    args = argparse.Namespace(world_size=8, batch_size=4, steps_per_epoch=None)
     with pytest.raises(UsageError, match="--batch-size 4: 20 .* 8 processes are 3 for each.*--batch-size 3 or less"):
         train_multi_GPU.require_a_step(20, args)
-    train_multi_GPU.require_a_step(20, argparse.Namespace(world_size=5, batch_size=4))
+    train_multi_GPU.require_a_step(20, argparse.Namespace(world_size=5, batch_size=4, steps_per_epoch=None))
 
 
 @pytest.fixture
