@@ -268,7 +268,8 @@ def _run_epoch(
         averaged=state.averaged,
     )
     broadcast_buffers(state.model)
-    broadcast_buffers(state.evaluated_model)
+    if state.averaged is not None:
+        broadcast_buffers(state.averaged.module)
     _require_finite_weights(state.model, state.epoch)
     confusion_matrix, dice = _validate(state, val_loader, device)
     return _results_row(state.epoch, mean_loss, lr, dice, confusion_matrix, time.time() - started), confusion_matrix
