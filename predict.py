@@ -166,7 +166,9 @@ def choose_field_of_view(path: Path, photograph: np.ndarray, choice: str | None)
         )
     if not field_of_view.any():
         raise PhotographError(f"--roi-mask {mask_path}: is black everywhere; the field of view must be white")
-    return field_of_view, field_of_view
+    # A mask that is small in its frame may be of a part of the retina, whose size and colours it does not tell.
+    small = field_of_view_diameter(field_of_view) < 0.8 * min(height, width)
+    return field_of_view, find_field_of_view(photograph) | field_of_view if small else field_of_view
 
 
 def roi_mask_path(path: Path, choice: str | None) -> Path | None:

@@ -3,7 +3,7 @@
     python tests/benchmark.py [--device cpu] [--data-path FOLDER] [--repeats N] [other flags of train.py]
 
 Three processes measure in turn, so that whatever else the machine does slows all of them alike:
-- this project, as train.py (with these flags) and predict.py run it;
+- this project, as train.py (with these flags) and predict.py (in float32) run it;
 - a naive variant of the same work: plain eager mode, each photograph decoded each time, loading processes started each
   epoch, Dice by a loop over images and classes with boolean indexing, a wait for the loss in each step, two forward
   passes a prediction;
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import predict
 import train
-from my_dataset import DriveDataset, read_binary_mask
+from my_dataset import DRIVE_FOV_DIAMETER, DriveDataset, read_binary_mask
 from src import create_model
 from src.inference import for_inference
 from src.segment import normalise
@@ -164,7 +164,13 @@ class Project(Subject):
         workers = default_workers(device, args.batch_size) if args.workers is None else args.workers
         pin_memory = device.type == "cuda" and not args.device_data
         self.loader = training_loader(
-            train_data, args.batch_size, workers, args.seed, drop_last=False, pin_memory=pin_memory
+            train_data,
+            args.batch_size,
+            workers,
+            args.seed,
+            drop_last=False,
+            pin_memory=pin_memory,
+            steps=args.steps_per_epoch,
         )
         self.val_loader = evaluation_loader(
             val_data, workers, pin_memory=pin_memory, batch_pixels=evaluation_pixels(args)
@@ -173,6 +179,7 @@ class Project(Subject):
         self.model = create_model(**model_arguments(args)).to(device, memory_format=memory_format(args))
         self.batches = [next(iter(self.loader))] * _steps_at_once(device)
         self.state = TrainingState(self.model, device, len(self.batches), args)
+        self.training_model = torch.compile(self.model) if args.compile else self.model
 
     def data(self) -> Measured:
         samples = list(self.loader.sampler)
@@ -193,7 +200,7 @@ class Project(Subject):
 
         def epoch() -> None:
             train_and_eval.train_one_epoch(
-                self.model,
+                self.training_model,
                 state.optimizer,
                 self.batches,
                 self.device,
@@ -202,11 +209,14 @@ class Project(Subject):
                 state.lr_scheduler,
                 scaler=state.scaler,
                 amp_dtype=amp_dtype(self.args),
+                vessel_weight=self.args.vessel_weight,
+                foreground_dice=self.args.dice_loss == "foreground",
+                averaged=state.averaged,
             )
 
         hooks = [
-            self.model.register_forward_pre_hook(lambda *_: clock.mark("start")),
-            self.model.register_forward_hook(lambda *_: clock.mark("forward")),
+            self.training_model.register_forward_pre_hook(lambda *_: clock.mark("start")),
+            self.training_model.register_forward_hook(lambda *_: clock.mark("forward")),
             state.optimizer.register_step_pre_hook(lambda *_: clock.mark("backward")),
             state.optimizer.register_step_post_hook(lambda *_: clock.mark("optimizer")),
         ]
@@ -242,7 +252,8 @@ class Project(Subject):
     def predictor(self) -> Callable[[], np.ndarray]:
         """What predict.py does with a photograph once it has started; it returns the vessels, bool [H, W]."""
         args = predict.parse_args(["--device", self.args.device, "--image", str(self.path), "--scale", "1"])
-        checkpoint = self.state.checkpoint()
+        checkpoint = {name: getattr(self.args, name) for name in ("mean", "std", "normalization")}
+        checkpoint |= {"fov_diameter": DRIVE_FOV_DIAMETER, "model_args": self.model.model_args}
         predict.settle_by_checkpoint(args, checkpoint)
         quick_model = for_inference(self.model)
         return lambda: predict.predict(self.path, quick_model, checkpoint, args).labels == 1

@@ -10,9 +10,11 @@ from my_dataset import read_binary_mask
 from src.photograph import (
     PhotographError,
     blacken_bright_surroundings,
+    channel_statistics,
     field_of_view_diameter,
     find_field_of_view,
     list_photographs,
+    match_colours,
     read_photograph,
 )
 from train_utils.synthetic_drive import synthetic_photograph
@@ -349,3 +351,29 @@ def test_real_photographs(real_drive):
         assert find_field_of_view(photograph[180:400, 180:400]).all(), path
         mirrored = np.array(ImageOps.mirror(Image.fromarray(photograph)))
         assert overlap(find_field_of_view(mirrored), official[:, ::-1]) >= 0.985, path
+
+
+def test_channel_statistics_against_numpys():
+    rng = np.random.default_rng(0)
+    photograph, inside = rng.integers(0, 256, (40, 30, 3)).astype(np.uint8), rng.random((40, 30)) < 0.6
+    mean, std = channel_statistics(photograph, inside)
+    assert np.allclose(mean, (photograph[inside] / 255).mean(axis=0)) and mean.shape == (3,)
+    assert np.allclose(std, (photograph[inside] / 255).std(axis=0)) and std.shape == (3,)
+
+
+def test_matched_colours_have_the_mean_and_deviation():
+    rng = np.random.default_rng(0)
+    photograph = rng.normal((90, 60, 30), (20, 12, 8), (60, 50, 3)).clip(0, 255).astype(np.uint8)
+    inside = np.zeros((60, 50), bool)
+    inside[5:50, 5:45] = True
+    wanted = (0.6, 0.4, 0.2), (0.08, 0.06, 0.04)
+    matched = match_colours(photograph, inside, *wanted)
+    assert matched.dtype == np.uint8 and not matched[~inside].any()
+    assert np.allclose(channel_statistics(matched, inside), wanted, atol=0.003)
+
+
+@pytest.mark.parametrize("level", [0, 77, 255])
+def test_a_photograph_of_one_grey_has_colours_to_match_too(level):
+    inside = np.ones((20, 20), bool)
+    matched = match_colours(np.full((20, 20, 3), level, np.uint8), inside, (0.6, 0.4, 0.2), (0.1, 0.1, 0.1))
+    assert (matched == [153, 102, 51]).all()

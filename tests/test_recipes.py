@@ -160,7 +160,9 @@ def quick_weights(shared_drive, tmp_path_factory):
         "--ema-decay",
         0.5,
     ]
-    train.main(train.parse_args(["--data-path", str(shared_drive), "--output-dir", str(folder), *map(str, flags)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main(train.parse_args(["--data-path", str(shared_drive), "--output-dir", ".", *map(str, flags)]))
     return folder / "best_model.pth"
 
 

@@ -6,6 +6,8 @@ from train_utils.training_state import TrainingState
 
 CPU = torch.device("cpu")
 
+pytestmark = pytest.mark.usefixtures("working_directory")  # a checkpoint names its results files, which makes them
+
 
 def new_state(*flags, steps_per_epoch=2):
     return TrainingState(train.create_model(base_c=2), CPU, steps_per_epoch, train.parse_args(flags))
@@ -71,3 +73,54 @@ def test_optimizer_state_of_an_older_torch():
         for name in ("maximize", "foreach", "differentiable", "fused"):
             group.pop(name)
     new_state().restore(checkpoint)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_optimizer_state_takes_the_memory_format_of_the_weights(optimizer):
+    """Fused kernels would otherwise read it in the wrong order."""
+
+    def stepped(memory_format):
+        state = new_state("--optimizer", optimizer)
+        state.model.to(memory_format=memory_format)
+        torch.manual_seed(0)
+        state.model(torch.rand(1, 3, 32, 32))["out"].square().mean().backward()
+        state.optimizer.step()
+        return state
+
+    checkpoint = as_loaded(stepped(torch.channels_last))
+    restored = new_state("--optimizer", optimizer)
+    restored.restore(checkpoint)
+    assert restored.optimizer.state
+    for parameter, values in restored.optimizer.state.items():
+        for value in values.values():
+            assert value.ndim == 0 or value.stride() == parameter.stride()
+    saved = checkpoint["optimizer"]["state"]
+    for index, values in enumerate(restored.optimizer.state.values()):
+        assert all(torch.equal(values[name], saved[index][name]) for name in values)
+
+
+def test_steps_of_adamw_are_counted_where_a_fused_kernel_looks_for_them():
+    checkpoint = as_loaded(new_state("--optimizer", "adamw"))
+    seen = []
+    restored = new_state("--optimizer", "adamw")
+    restored.optimizer.defaults["fused"] = True  # as on a GPU
+    load = restored.optimizer.load_state_dict
+    restored.optimizer.load_state_dict = lambda saved: (seen.append(saved), load(saved))
+    restored.restore(checkpoint)
+    assert [group["fused"] for group in seen[0]["param_groups"]] == [True]
+
+
+def test_flips_are_remembered():
+    checkpoint = as_loaded(new_state("--tta"))
+    restored, told_otherwise = new_state(), new_state("--no-tta")
+    restored.restore(checkpoint)
+    told_otherwise.restore(checkpoint)
+    assert restored.checkpoint()["tta"] is True and told_otherwise.checkpoint()["tta"] is False
+
+
+def test_changes_against_a_checkpoint_that_does_not_name_them(capsys):
+    checkpoint = as_loaded(new_state())
+    for name in ("ema_decay", "schedule", "normalization"):
+        del checkpoint["args"][name]
+    new_state("--ema-decay", "0.9").restore(checkpoint)
+    assert "changed since the checkpoint: ema_decay 0.0 -> 0.9;" in capsys.readouterr().out

@@ -66,14 +66,18 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--optimizer", choices=["sgd", "adamw"], help="optimizer")
     add("--lr", type=at_least(0, float), help="peak learning rate")
-    add("--momentum", default=0.9, type=at_least(0, float), help="momentum of SGD")
+    add("--momentum", default=0.9, type=at_least(0, float), help="momentum of --optimizer sgd")
     add("--wd", "--weight-decay", type=at_least(0, float), dest="weight_decay", help="weight decay")
     add(
         "--schedule",
         choices=["poly", "one-cycle"],
         help="of the learning rate: an epoch of warm-up, then a polynomial decay; or one cycle, up and down on cosines",
     )
-    add("--vessel-weight", type=at_least(0, float), help="weight of the vessels in the cross-entropy (background: 1)")
+    add(
+        "--vessel-weight",
+        type=at_least(0, float),
+        help="weight of the vessels in the cross-entropy, where the background has 1 and there is no third class",
+    )
     add("--dice-loss", choices=["all", "foreground"], help="classes that the Dice loss averages over")
     add(
         "--ema-decay",
@@ -218,10 +222,9 @@ def fit(
     )
     _resume_or_pretrain(state, val_loader, device, args)
     saver, tensorboard = _Saver(), None
-    if is_main_process():
-        state.results.write(state.results.rows)
-        if args.tensorboard:
-            tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch)
+    on_main_process(state.results.write, state.results.rows)
+    if is_main_process() and args.tensorboard:
+        tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch)
 
     try:
         while state.epoch < args.epochs:

@@ -20,7 +20,7 @@ from transforms import get_transform
 from .checkpoint import BEST_MODEL, LAST_MODEL, Checkpoint, add_to_checkpoint, build_model, load_checkpoint
 from .command_line import UsageError
 from .data_loading import photograph_preparation
-from .distributed_utils import broadcast_object, is_main_process
+from .distributed_utils import is_main_process, on_main_process
 from .files import replace_whole
 from .logger import Row
 from .metrics import PixelCounts, ProbabilityHistogram
@@ -91,13 +91,7 @@ def conclude_training(device: torch.device, args: argparse.Namespace) -> None:
     Raises:
         As `score_weights`.
     """
-    best = None
-    if is_main_process() and Path(args.output_dir, LAST_MODEL).exists():
-        checkpoint = load_checkpoint(Path(args.output_dir, LAST_MODEL))
-        if history := checkpoint.get("history"):
-            write_png(curves(history, checkpoint.get("selected_on", "validation")), Path(args.output_dir, "curves.png"))
-            best = _best_weights(history, args)
-    best = broadcast_object(best)
+    best = on_main_process(_draw_curves_and_find_best, args)
     if best is None:
         return
     if has_test_labels(args.data_path):
@@ -109,6 +103,15 @@ def conclude_training(device: torch.device, args: argparse.Namespace) -> None:
         threshold = _settle_threshold(*_load_in_all_processes(best, device), device, args)
         if is_main_process():
             print(f"threshold: {threshold.value:.4g} ({threshold.source}), stored in {best}")
+
+
+def _draw_curves_and_find_best(args: argparse.Namespace) -> Path | None:
+    last = Path(args.output_dir, LAST_MODEL)
+    checkpoint = load_checkpoint(last) if last.exists() else {}
+    if not (history := checkpoint.get("history")):
+        return None
+    write_png(curves(history, checkpoint.get("selected_on", "validation")), Path(args.output_dir, "curves.png"))
+    return _best_weights(history, args)
 
 
 def _best_weights(history: Sequence[Row], args: argparse.Namespace) -> Path | None:
@@ -127,12 +130,13 @@ def _test_labels(args: argparse.Namespace) -> Path:
 
 def _load_in_all_processes(path: str | Path, device: torch.device) -> tuple[nn.Module, Checkpoint]:
     # The main process alone reads the file: the other machines of a run may not see it.
-    checkpoint = None
-    if is_main_process():
-        training_state = ("optimizer", "lr_scheduler", "history", "training_model")
-        checkpoint = {name: value for name, value in load_checkpoint(path).items() if name not in training_state}
-    checkpoint = broadcast_object(checkpoint)
+    checkpoint = on_main_process(_load_without_training_state, path)
     return build_model(checkpoint, device), checkpoint
+
+
+def _load_without_training_state(path: str | Path) -> Checkpoint:
+    training_state = ("optimizer", "lr_scheduler", "history", "training_model")
+    return {name: value for name, value in load_checkpoint(path).items() if name not in training_state}
 
 
 def _open_photographs(root: str, train: bool, checkpoint: Checkpoint, val_split: int = 0) -> DriveDataset:
@@ -156,9 +160,10 @@ def _settle_threshold(
         return Threshold(args.threshold, "--threshold")
     val_split = checkpoint["args"].get("val_split", args.val_split) or 0
     photographs = _open_photographs(args.data_path, not val_split, checkpoint, val_split)
-    value = best_threshold(model, photographs, device, tta=_use_flips(checkpoint, args))
+    tta = _use_flips(checkpoint, args)
+    value = best_threshold(model, photographs, device, tta=tta)
     if is_main_process():
-        add_to_checkpoint(checkpoint["path"], threshold=value)
+        add_to_checkpoint(checkpoint["path"], threshold=value, tta=tta)  # the threshold holds with these flips alone
     return Threshold(value, f"auto: best Dice on {photographs.describe()} photographs")
 
 

@@ -103,6 +103,9 @@ def place_photographs(
     """Move photographs to the device's memory, if `args.device_data` or, where that was left open, their size says so.
 
     They need no loading processes then: `args.workers` becomes 0.
+
+    Raises:
+        UsageError: they do not fit.
     """
     if args.device_data is None:
         size = sum(dataset.nbytes for dataset in datasets)
@@ -112,7 +115,10 @@ def place_photographs(
     if not args.device_data:
         return list(datasets)
     args.workers = 0
-    return [dataset.to(device) for dataset in datasets]
+    try:
+        return [dataset.to(device) for dataset in datasets]
+    except torch.OutOfMemoryError as error:
+        raise UsageError("--device-data: the photographs do not fit into the GPU's memory; leave it out") from error
 
 
 def _require_compiler(device: torch.device) -> None:

@@ -14,6 +14,7 @@ from my_dataset import DRIVE_FOV_DIAMETER
 from .checkpoint import LAST_MODEL, Checkpoint, CheckpointError, load_checkpoint, load_weights
 from .distributed_utils import is_main_process, on_main_process
 from .logger import ResultsFiles, Row
+from .recipes import RECIPES
 from .speed import amp_dtype
 from .train_and_eval import create_lr_scheduler, create_one_cycle_scheduler
 
@@ -42,6 +43,17 @@ SETTINGS = (
     "std",
     "sync_bn",
     "world_size",
+)
+
+# Those of them that earlier checkpoints, and the tutorial's, do not name: they did as the tutorial does.
+NEWER_SETTINGS = (
+    "schedule",
+    "steps_per_epoch",
+    "ema_decay",
+    "augmentation",
+    "normalization",
+    "vessel_weight",
+    "dice_loss",
 )
 
 
@@ -142,14 +154,12 @@ class TrainingState:
         if self.averaged is not None:
             load_weights(self.averaged.module, checkpoint)
             self.averaged.n_averaged.fill_(1)  # so that the next step's weights do not replace the average
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["weight_decay"], group["fused"] = args.weight_decay, self.optimizer.defaults["fused"]
-            if args.optimizer == "sgd":
-                group["momentum"] = args.momentum
+        self._restore_optimizer(checkpoint["optimizer"])
         if self.scaler is not None and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"] + 1
+        if args.tta is None:
+            args.tta = checkpoint.get("tta")
         self.saved_in = checkpoint["path"]
         # A Dice on other photographs is no measure for the epochs to come.
         same_photographs = checkpoint.get("selected_on", self.selected_on) == self.selected_on
@@ -158,8 +168,22 @@ class TrainingState:
         self._start_schedule()
         self._report_changes(checkpoint["args"])
 
+    def _restore_optimizer(self, saved: dict[str, Any]) -> None:
+        settings = {"weight_decay": self.args.weight_decay, "fused": self.optimizer.defaults["fused"]}
+        if self.args.optimizer == "sgd":
+            settings["momentum"] = self.args.momentum
+        # `fused` before the rest is loaded: it decides on which device AdamW counts its steps.
+        groups = [{**group, **settings} for group in saved["param_groups"]]
+        self.optimizer.load_state_dict({**saved, "param_groups": groups})
+        # Fused kernels take the memory format of a weight for that of its state, which comes as the run before had it.
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter).copy_(value)
+
     def _report_changes(self, before: dict) -> None:
         now = vars(self.args)
+        before = {name: RECIPES["tutorial"][name] for name in NEWER_SETTINGS} | before
         changed = [
             f"{name} {before[name]} -> {now[name]}"
             for name in SETTINGS
