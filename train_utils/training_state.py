@@ -18,13 +18,9 @@ from .recipes import RECIPES
 from .speed import amp_dtype
 from .train_and_eval import create_lr_scheduler, create_one_cycle_scheduler
 
-# Flags that change the numbers of a run: where a resumed run has others than its checkpoint, it says so.
-SETTINGS = (
-    "batch_size",
-    "epochs",
-    "lr",
-    "momentum",
-    "weight_decay",
+# Flags that change the numbers of a run, but that earlier checkpoints, and the tutorial's, do not name: those runs did
+# as the tutorial does.
+NEWER_SETTINGS = (
     "schedule",
     "steps_per_epoch",
     "ema_decay",
@@ -32,6 +28,15 @@ SETTINGS = (
     "normalization",
     "vessel_weight",
     "dice_loss",
+)
+
+# Flags that change the numbers of a run: where a resumed run has others than its checkpoint, it says so.
+SETTINGS = (
+    "batch_size",
+    "epochs",
+    "lr",
+    "momentum",
+    "weight_decay",
     "amp",
     "amp_dtype",
     "device_data",
@@ -43,17 +48,7 @@ SETTINGS = (
     "std",
     "sync_bn",
     "world_size",
-)
-
-# Those of them that earlier checkpoints, and the tutorial's, do not name: they did as the tutorial does.
-NEWER_SETTINGS = (
-    "schedule",
-    "steps_per_epoch",
-    "ema_decay",
-    "augmentation",
-    "normalization",
-    "vessel_weight",
-    "dice_loss",
+    *NEWER_SETTINGS,
 )
 
 
