@@ -17,7 +17,7 @@ from train_utils.scores import conclude_training, score_weights
 from train_utils.speed import evaluation_pixels, memory_format, place_photographs, settle_speed
 from train_utils.synthetic_drive import write_synthetic_drive
 
-# A small U-Net on small made-up photographs: the whole way in one to two minutes on two cores.
+# A small U-Net on small made-up photographs: the whole way in about a minute on two cores.
 DEMO_DEFAULTS = {
     "data_path": "./demo",
     "output_dir": "./demo/save_weights",
