@@ -313,6 +313,20 @@ def test_wrong_roi_masks(tmp_path, weights, photographs, capsys):
     assert f"--roi-mask {masks / 'missing.png'}: no such file" in message(masks / "missing.png")
 
 
+def test_a_mask_of_a_part_of_the_retina_does_not_change_its_size(tmp_path, weights, photographs):
+    image = photographs / "01.png"
+    photograph = read_photograph(image)
+    found = find_field_of_view(photograph)
+    for diameter, retina_is_found in ((24, True), (66, False)):
+        mask = disc(72, 80, diameter)
+        path = tmp_path / f"{diameter}.png"
+        Image.fromarray(mask).save(path)
+        field_of_view, retina = predict.choose_field_of_view(image, photograph, str(path))
+        np.testing.assert_array_equal(field_of_view, mask)
+        np.testing.assert_array_equal(retina, found | mask if retina_is_found else mask)
+    assert found.sum() > 2 * disc(72, 80, 24).sum()
+
+
 # ---- scale, and the other flags
 
 

@@ -303,6 +303,7 @@ def test_threshold_auto(val_split, drive, weights, working_directory, capsys):
 
     stored = load_checkpoint("my.pth")
     assert type(stored["threshold"]) is float and stored["threshold"] == value
+    assert stored["tta"] is False
     assert stored["note"] == {"kept": [1, 2]} and stored["epoch"] == 7 and stored["args"] == {"val_split": val_split}
     assert all(torch.equal(stored["model"][name], content["model"][name]) for name in content["model"])
 
@@ -323,6 +324,15 @@ def test_the_threshold_is_chosen_without_the_test_folder(drive, monkeypatch):
     shutil.rmtree(folder)
     held_out = DriveDataset(drive, False, transform, val_split=2)
     assert best_threshold(GreenModel(), held_out, CPU) != expected
+
+
+def test_the_threshold_is_stored_with_the_flips_it_was_chosen_with(shared_drive, weights, working_directory):
+    shutil.copy(weights, "my.pth")
+    report = test_only(shared_drive, "my.pth", "--threshold", "auto", "--tta")
+    stored = load_checkpoint("my.pth")
+    assert report["tta"] is stored["tta"] is True and stored["threshold"] == report["threshold"]["value"]
+    again = test_only(shared_drive, "my.pth")  # the flips are those of the file now
+    assert again["tta"] is True
 
 
 def test_a_threshold_is_not_stored_unless_chosen(shared_drive, weights, working_directory):
