@@ -1,6 +1,7 @@
 """Any image file -> an RGB photograph and its field of view: the part of the frame that shows the retina."""
 
 import glob
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from torchvision.transforms.v2 import functional as F
 
 IMAGE_SUFFIXES = frozenset((".tif", ".tiff", ".png", ".jpg", ".jpeg", ".gif", ".bmp", ".ppm", ".pgm", ".webp"))
 
@@ -22,6 +25,8 @@ LEAST_CONTRAST = 10  # levels; what differs less from the border is border
 RAYS = 720
 RAY_STEP = 0.5  # pixels
 EDGE = 0.02  # of the largest radius: the contrast must jump within this of the edge, on either side
+
+LIGHT = 1 / 18  # of the field of view's diameter: standard deviation of the Gaussian that tells the light of a place
 
 
 class PhotographError(ValueError):
@@ -167,19 +172,46 @@ def channel_statistics(photograph: np.ndarray, field_of_view: np.ndarray) -> tup
 
 
 def match_colours(
-    photograph: np.ndarray, field_of_view: np.ndarray, mean: Sequence[float], std: Sequence[float]
+    photograph: np.ndarray,
+    field_of_view: np.ndarray,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    even_light: bool = False,
 ) -> np.ndarray:
     """A photograph, uint8 [H, W, 3], with the channel `mean` and `std` (in [0, 1]) inside its field of view.
 
     This makes photographs of any camera look alike: to normalise the result with `mean` and `std` is to normalise the
     photograph by its own, but for the values that leave the range of 8 bits. Outside the field of view it is black.
+    With `even_light` every pixel is divided by the mean of its surroundings first, so that vessels in the dark and in
+    the light look alike, too.
     """
-    own_mean, own_std = channel_statistics(photograph, field_of_view)
-    scale = np.asarray(std) / np.maximum(own_std, 1 / 255)  # of a channel that is one grey all over, nothing is made
-    levels = ((np.arange(256)[:, None] / 255 - own_mean) * scale + mean) * 255  # [256, 3]
-    levels = np.rint(levels).clip(0, 255).astype(np.uint8)
-    matched = np.stack([levels[photograph[..., channel], channel] for channel in range(3)], axis=2)
-    return np.where(field_of_view[..., None], matched, 0)
+    matched = np.zeros_like(photograph)
+    for channel in range(3):
+        grey = photograph[..., channel]
+        values = grey[field_of_view] / np.float32(255)  # [pixels]
+        if even_light:
+            values /= np.maximum(_local_mean(grey, field_of_view)[field_of_view], 1 / 255)
+        # Of a channel that is one grey all over, nothing is made.
+        scale = std[channel] / max(float(values.std()), 1 / 255)
+        levels = ((values - values.mean()) * scale + mean[channel]) * 255
+        matched[..., channel][field_of_view] = np.rint(levels).clip(0, 255)
+    return matched
+
+
+def _local_mean(grey: np.ndarray, field_of_view: np.ndarray) -> np.ndarray:
+    """The mean around each pixel of a grey picture, uint8 [H, W], weighted by a Gaussian: float32 [H, W] in [0, 1]."""
+    sigma = LIGHT * field_of_view_diameter(field_of_view)  # pixels
+    shrink = max(1.0, sigma / 4)
+    height, width = grey.shape
+    size = [max(1, round(height / shrink)), max(1, round(width / shrink))]
+    inside = torch.from_numpy(field_of_view.astype(np.float32))
+    both = torch.stack([torch.from_numpy(grey / np.float32(255)) * inside, inside])  # [2, H, W]
+    radius = math.ceil(3 * sigma / shrink)
+    small = F.pad(F.resize(both, size, antialias=True), [radius] * 4)
+    blurred = F.gaussian_blur(small, 2 * radius + 1, sigma / shrink)[:, radius:-radius, radius:-radius]
+    total, weight = F.resize(blurred, [height, width])
+    return (total / weight.clamp_min(1e-3)).numpy()
 
 
 def prepare(photograph: np.ndarray, field_of_view: np.ndarray, checkpoint: Mapping[str, Any]) -> np.ndarray:
@@ -188,10 +220,13 @@ def prepare(photograph: np.ndarray, field_of_view: np.ndarray, checkpoint: Mappi
     Args:
         photograph: as `read_photograph` gives it.
         field_of_view: where its retina is, bool [H, W].
-        checkpoint: `mean`, `std` and, where it is not "dataset", `normalization` count.
+        checkpoint: `mean`, `std` and `normalization` count: "dataset"; "photograph", which brings the photograph to
+            this mean and std by its own; or "local", which evens out its light before that. Missing: "dataset".
     """
-    if checkpoint.get("normalization") == "photograph" and field_of_view.any():
-        return match_colours(photograph, field_of_view, checkpoint["mean"], checkpoint["std"])
+    normalization = checkpoint.get("normalization")
+    if normalization in ("photograph", "local") and field_of_view.any():
+        even_light = normalization == "local"
+        return match_colours(photograph, field_of_view, checkpoint["mean"], checkpoint["std"], even_light=even_light)
     return blacken_bright_surroundings(photograph, field_of_view)
 
 

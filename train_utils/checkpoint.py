@@ -2,11 +2,11 @@
 
 A checkpoint is a dict of tensors and plain values with the tutorial's keys (`model`, `optimizer`, `lr_scheduler`,
 `epoch`, `args`, with AMP `scaler`) and this project's: `model_args` (of `src.create_model`), `mean` and `std` (how the
-photographs were normalised), `normalization` ("photograph" where each was first brought to that mean and std by its
-own), `fov_diameter` (pixels across their fields of view), `best_dice`, `history` (the rows of the results files),
-`selected_on` (the photographs that the best epoch was chosen on), `tta` (whether to take the mean over flips); where
-the weights are an average, `training_model` (those that training goes on from); and once chosen, `threshold` (the
-probability above which a pixel is a vessel).
+photographs were normalised), `normalization` (unless it is "dataset", each was first brought to that mean and std, see
+`src.photograph.prepare`), `fov_diameter` (pixels across their fields of view), `best_dice`, `history` (the rows of the
+results files), `selected_on` (the photographs that the best epoch was chosen on), `tta` (whether to take the mean over
+flips); where the weights are an average, `training_model` (those that training goes on from); and once chosen,
+`threshold` (the probability above which a pixel is a vessel).
 """
 
 import argparse

@@ -16,16 +16,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from my_dataset import DriveDataset
-from src.photograph import match_colours
+from src.photograph import prepare
 
 from .distributed_utils import get_rank, get_world_size
 
 
 def photograph_preparation(normalization: Mapping[str, Any]) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
     """What `DriveDataset` is to do to each photograph, by `normalization`, `mean` and `std` of a run or checkpoint."""
-    if normalization.get("normalization") != "photograph":
+    if normalization.get("normalization", "dataset") == "dataset":
         return None
-    return functools.partial(match_colours, mean=normalization["mean"], std=normalization["std"])
+    return functools.partial(prepare, checkpoint=normalization)
 
 
 def derive_seed(*numbers: int) -> int:

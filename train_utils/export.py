@@ -35,8 +35,8 @@ def export_onnx(weights: str | Path, path: str | Path) -> None:
     """Write a model as ONNX: `image` float32 [batch, C, height, width] -> `logits` [batch, num_classes, height, width].
 
     The number of images and their size (32 pixels and more) are free. The image is to be normalised: the metadata of
-    the file hold, as JSON, the `mean` and `std` of the channels in [0, 1], the `normalization` (where it is
-    "photograph", `src.photograph.match_colours` brings photographs to these first), and the `model_args`.
+    the file hold, as JSON, the `mean` and `std` of the channels in [0, 1], the `normalization` (unless it is
+    "dataset", `src.photograph.prepare` brings photographs to these first), and the `model_args`.
 
     Args:
         weights: the file of weights.

@@ -114,8 +114,9 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--normalization",
-        choices=["dataset", "photograph"],
-        help="by the mean and standard deviation of the data set, or of each photograph; stored with the weights",
+        choices=["dataset", "photograph", "local"],
+        help="by the mean and standard deviation of the data set; of each photograph; or of each photograph after "
+        "every pixel was divided by the mean of its surroundings (uneven light). Stored with the weights",
     )
     add(
         "--mean",

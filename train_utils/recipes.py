@@ -6,7 +6,7 @@ _TABLE: dict[str, tuple[Any, Any, Any]] = {
     # flag              tutorial     quick         best
     "base_c":          (32,          8,            16),
     "augmentation":    ("tutorial",  "rotation",   "rotation"),
-    "normalization":   ("dataset",   "photograph", "photograph"),
+    "normalization":   ("dataset",   "local",      "local"),
     "crop_size":       (480,         256,          256),
     "batch_size":      (4,           4,            4),
     "epochs":          (200,         6,            20),
