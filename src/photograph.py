@@ -205,13 +205,12 @@ def _local_mean(grey: np.ndarray, field_of_view: np.ndarray) -> np.ndarray:
     shrink = max(1.0, sigma / 4)
     height, width = grey.shape
     size = [max(1, round(height / shrink)), max(1, round(width / shrink))]
-    inside = torch.from_numpy(field_of_view.astype(np.float32))
-    both = torch.stack([torch.from_numpy(grey / np.float32(255)) * inside, inside])  # [2, H, W]
+    parts = np.where(field_of_view, grey, np.uint8(0)), field_of_view.view(np.uint8) * np.uint8(255)
+    parts = [F.resize(F.to_dtype(torch.from_numpy(part)[None], torch.float32, scale=True), size) for part in parts]
     radius = math.ceil(3 * sigma / shrink)
-    small = F.pad(F.resize(both, size, antialias=True), [radius] * 4)
-    blurred = F.gaussian_blur(small, 2 * radius + 1, sigma / shrink)[:, radius:-radius, radius:-radius]
-    total, weight = F.resize(blurred, [height, width])
-    return (total / weight.clamp_min(1e-3)).numpy()
+    padded = F.pad(torch.cat(parts), [radius] * 4)  # [2, small height, small width]
+    total, weight = F.gaussian_blur(padded, 2 * radius + 1, sigma / shrink)[:, radius:-radius, radius:-radius]
+    return F.resize((total / weight.clamp_min(1e-3))[None], [height, width])[0].numpy()
 
 
 def prepare(photograph: np.ndarray, field_of_view: np.ndarray, checkpoint: Mapping[str, Any]) -> np.ndarray:
