@@ -26,7 +26,7 @@ RAYS = 720
 RAY_STEP = 0.5  # pixels
 EDGE = 0.02  # of the largest radius: the contrast must jump within this of the edge, on either side
 
-LIGHT = 1 / 18  # of the field of view's diameter: standard deviation of the Gaussian that tells the light of a place
+LIGHT_SIGMA = 1 / 18  # of the field of view's diameter: of the Gaussian whose mean is the light of a place
 
 
 class PhotographError(ValueError):
@@ -201,7 +201,7 @@ def match_colours(
 
 def _local_mean(grey: np.ndarray, field_of_view: np.ndarray) -> np.ndarray:
     """The mean around each pixel of a grey picture, uint8 [H, W], weighted by a Gaussian: float32 [H, W] in [0, 1]."""
-    sigma = LIGHT * field_of_view_diameter(field_of_view)  # pixels
+    sigma = LIGHT_SIGMA * field_of_view_diameter(field_of_view)  # pixels
     shrink = max(1.0, sigma / 4)
     height, width = grey.shape
     size = [max(1, round(height / shrink)), max(1, round(width / shrink))]

@@ -213,19 +213,21 @@ def test_predict_obeys_the_weights_and_agrees_with_the_scores(quick_weights, sha
         assert np.count_nonzero(mask) == counts.true_positives + counts.false_positives
 
 
-def test_predict_normalises_each_photograph_by_its_own(quick_weights, shared_drive, tmp_path):
+@pytest.mark.parametrize(
+    ("normalization", "gain", "offset", "levels"),
+    [("photograph", 0.5, 20, 3), ("local", 0.7, 0, 6)],  # levels: of rounding the second picture
+)
+def test_photographs_are_normalised_each_by_its_own(quick_weights, shared_drive, normalization, gain, offset, levels):
     """A photograph that another camera would have made darker gets the same vessels."""
     source = shared_drive / "DRIVE/test"
     photograph = np.array(Image.open(next(source.glob("images/*.tif"))))
     inside = np.array(Image.open(next(source.glob("mask/*.gif"))).convert("L")) > 0
-    checkpoint = load_checkpoint(quick_weights)
-    pictures = photograph, np.rint(photograph * 0.7).astype(np.uint8)
-    matched = [prepare(picture, inside, checkpoint).astype(int) for picture in pictures]
-    assert np.abs(matched[0] - matched[1]).max() <= 6  # levels, of rounding the dark one
-    model = load_model(quick_weights, CPU)[0]
-    original, dark = (
-        segment(model, picture.astype(np.uint8), checkpoint["mean"], checkpoint["std"])[0] for picture in matched
-    )
+    model, checkpoint = load_model(quick_weights, CPU)
+    checkpoint["normalization"] = normalization
+    pictures = photograph, np.rint(photograph * gain + offset).astype(np.uint8)
+    matched = [prepare(picture, inside, checkpoint) for picture in pictures]
+    assert np.abs(matched[0].astype(int) - matched[1]).max() <= levels
+    original, dark = (segment(model, picture, checkpoint["mean"], checkpoint["std"])[0] for picture in matched)
     assert (original - dark).abs().mean() < 0.01
 
 
