@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 
 from my_dataset import OUTSIDE, DriveDataset
-from src.photograph import channel_statistics
+from src.colours import channel_statistics
 from train_utils.command_line import Parser, run_script
 
 

@@ -4,17 +4,21 @@ Source: J. Staal et al., "Ridge-based vessel segmentation in color images of the
 """
 
 import copy
-import warnings
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+
+from src.errors import DatasetError
+from src.field_of_view import field_of_view_diameter
+from src.masks import open_image, read_binary_mask
 
 # Channel mean and standard deviation inside the field of view, over DRIVE's 20 training photographs, in [0, 1].
 DRIVE_MEAN = (0.709, 0.381, 0.224)
@@ -22,10 +26,6 @@ DRIVE_STD = (0.127, 0.079, 0.043)
 DRIVE_FOV_DIAMETER = 540.0  # pixels across the field of view, from 536 to 541
 
 BACKGROUND, VESSEL, OUTSIDE = 0, 1, 255  # the values of a label; OUTSIDE the field of view nothing is learned or scored
-
-
-class DatasetError(ValueError):
-    """The data on disk are not what they should be; the message names the file, what was found and what to do."""
 
 
 def find_drive(root: str | Path) -> Path:
@@ -49,13 +49,18 @@ def find_drive(root: str | Path) -> Path:
     )
 
 
-def count_training_photographs(root: str | Path) -> int:
-    """How many photographs `training/images` holds.
+def find_photographs(root: str | Path, part: str) -> list[Path]:
+    """The photographs of a part, "training" or "test", of a data set, sorted by name.
 
     Raises:
         DatasetError: as `find_drive`; or there are none.
     """
-    return len(_list_photographs(find_drive(root) / "training" / "images"))
+    folder = find_drive(root) / part / "images"
+    # The order of a directory differs between machines, and archives made on a Mac hold "._name" companions.
+    photographs = sorted(folder.glob("[!.]*.tif"))
+    if not photographs:
+        raise DatasetError(f"{folder}: no photographs (*.tif) there; unpack the DRIVE archive again")
+    return photographs
 
 
 def has_test_labels(root: str | Path) -> bool:
@@ -98,12 +103,12 @@ class DriveDataset(Dataset):
         self.transforms = transforms
         self.on_device: list[tuple[tv_tensors.Image, tv_tensors.Mask]] = []  # in place of PIL images, see `to`
         folder = find_drive(root) / self.flag
-        self.img_list = _split(_list_photographs(folder / "images"), train, val_split)
+        self.img_list = _split(find_photographs(root, self.flag), train, val_split)
         keys = [path.name.split("_")[0] for path in self.img_list]
         self.manual = [folder / "1st_manual" / f"{key}_manual1.gif" for key in keys]
         self.roi_mask = [folder / "mask" / f"{key}_{self.flag}_mask.gif" for key in keys]
         self._check_companions()
-        self.images = [_open(path, "RGB") for path in self.img_list]  # uint8 [H, W, 3] each
+        self.images = [open_image(path, "RGB") for path in self.img_list]  # uint8 [H, W, 3] each
         self.labels = [
             _read_label(*paths, image.shape[:2])
             for *paths, image in zip(self.manual, self.roi_mask, self.img_list, self.images, strict=True)
@@ -128,6 +133,10 @@ class DriveDataset(Dataset):
     def nbytes(self) -> int:
         """What all photographs and labels take in memory."""
         return sum(array.nbytes for array in (*self.images, *self.labels))
+
+    def fov_diameter(self) -> float:
+        """Median diameter of the photographs' fields of view, pixels."""
+        return statistics.median(field_of_view_diameter(label != OUTSIDE) for label in self.labels)
 
     def describe(self) -> str:
         """Which photographs these are: "test", "training", or with their names "held-out training (35, 36)"."""
@@ -172,14 +181,6 @@ def cat_list(images: Sequence[Tensor], fill_value: int = 0) -> Tensor:
     return batch
 
 
-def _list_photographs(folder: Path) -> list[Path]:
-    # The order of a directory differs between machines, and archives made on a Mac hold "._name" companions.
-    photographs = sorted(folder.glob("[!.]*.tif"))
-    if not photographs:
-        raise DatasetError(f"{folder}: no photographs (*.tif) there; unpack the DRIVE archive again")
-    return photographs
-
-
 def _split(photographs: list[Path], train: bool, val_split: int) -> list[Path]:
     if not val_split:
         return photographs
@@ -189,37 +190,6 @@ def _split(photographs: list[Path], train: bool, val_split: int) -> list[Path]:
             f"for 1 to {len(photographs) - 1}"
         )
     return photographs[:-val_split] if train else photographs[-val_split:]
-
-
-def _open(path: Path, mode: str) -> np.ndarray:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is then raised, or read all the same
-            with Image.open(path) as image:
-                return np.array(image.convert(mode))
-    except UnidentifiedImageError as error:
-        raise DatasetError(f"{path}: not an image, or a damaged one; replace it from the DRIVE archive") from error
-    # Pillow reports damaged files by whatever its decoders run into.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        raise DatasetError(f"{path}: cannot be read ({error}); replace it from the DRIVE archive") from error
-
-
-def read_binary_mask(path: Path) -> np.ndarray:
-    """Decode a black-and-white picture of any kind (0/1, 0/255, RGB, palette) as bool [H, W], True = white.
-
-    Raises:
-        DatasetError: it holds other values than 0 and 255, or 0 and 1.
-    """
-    mask = _open(path, "L")
-    values = np.unique(mask)
-    white = 1 if values.max() == 1 else 255
-    if not np.isin(values, (0, white)).all():
-        found = ", ".join(map(str, values[:6])) + (", ..." if len(values) > 6 else "")
-        raise DatasetError(
-            f"{path}: a mask must hold 0 and 255 (or 0 and 1) alone, but holds the values {found}; "
-            "save it again in black and white, without loss or smoothing"
-        )
-    return mask == white
 
 
 def _read_label(manual_path: Path, roi_path: Path, image_path: Path, size: tuple[int, int]) -> np.ndarray:

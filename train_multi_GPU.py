@@ -1,4 +1,4 @@
-"""Train the U-Net on DRIVE in many processes, one a GPU: under torchrun, under SLURM, or plainly in one process."""
+"""Train the U-Net on DRIVE in many processes, one per GPU: under torchrun, under SLURM, or in a single process."""
 
 import argparse
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from src import create_model
 from train_utils.command_line import Parser, UsageError, add_switch, at_least, run_script, select_device
-from train_utils.data_loading import evaluation_loader, training_loader
+from train_utils.data_loading import make_loaders, open_datasets
 from train_utils.distributed_utils import (
     init_distributed_mode,
     is_main_process,
@@ -17,9 +17,11 @@ from train_utils.distributed_utils import (
     on_main_process,
 )
 from train_utils.files import make_output_folder
-from train_utils.fit import add_training_flags, changed_defaults, fit, model_arguments, open_datasets
-from train_utils.scores import conclude_training, score_weights
-from train_utils.speed import evaluation_pixels, memory_format, place_photographs, settle_speed
+from train_utils.fit import fit
+from train_utils.flags import add_training_flags, parse_with_recipe
+from train_utils.scoring import conclude_training, score_weights
+from train_utils.settings import memory_format, model_arguments, settle
+from train_utils.training_state import TrainingState, load_to_resume
 
 
 def main(args: argparse.Namespace) -> None:
@@ -34,24 +36,24 @@ def main(args: argparse.Namespace) -> None:
         score_weights(args.resume, device, args)
         leave_distributed_mode()
         return
-    settle_speed(args, device)
-    train_data, val_data = place_photographs(open_datasets(args), device, args)
-    pin_memory = device.type == "cuda" and not args.device_data
-    train_loader = training_loader(
-        train_data,
-        args.batch_size,
-        args.workers,
-        args.seed,
-        drop_last=True,
-        pin_memory=pin_memory,
-        steps=args.steps_per_epoch,
-    )
-    val_loader = evaluation_loader(val_data, args.workers, pin_memory=pin_memory, batch_pixels=evaluation_pixels(args))
+    checkpoint = load_to_resume(args)
+    settle(args, device, checkpoint)
+    train_data, val_data = open_datasets(args, device)
+    require_a_step(len(train_data), args)
+    train_loader, val_loader = make_loaders(train_data, val_data, device, args, drop_last=True)
 
     torch.manual_seed(args.seed)
     raw_model = create_model(**model_arguments(args)).to(device, memory_format=memory_format(args))
-    require_a_step(len(train_data), args)
-    best_dice = fit(wrap(raw_model, args), train_loader, val_loader, device, args)
+    model = wrap(raw_model, args)
+    state = TrainingState(
+        raw_model,
+        device,
+        len(train_loader),
+        args,
+        selected_on=val_data.describe(),
+        fov_diameter=train_data.fov_diameter(),
+    )
+    best_dice = fit(model, state, train_loader, val_loader, checkpoint)
     conclude_training(device, args)
     if is_main_process():
         print(f"best Dice {best_dice:.3f}; the weights are in {args.output_dir}")
@@ -68,7 +70,7 @@ def require_a_step(photographs: int, args: argparse.Namespace) -> None:
 
 
 def wrap(model: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """The model as the processes train it together; in a single process, itself."""
+    """Wrap the model for training in several processes; in a single process, return it unchanged."""
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.distributed:
@@ -81,18 +83,15 @@ def get_parser() -> argparse.ArgumentParser:
     add_training_flags(parser)
     add = parser.add_argument
     add("--output-dir", default="./multi_train", help="folder of the weights")
-    add("-j", "--workers", default=4, type=at_least(0), help="data loading processes, for each training process")
+    add("-j", "--workers", default=4, type=at_least(0), help="data loading processes of each training process")
     add_switch(parser, "--sync-bn", "--sync_bn", default=False, help="BatchNorm statistics over all GPUs")
-    add("--world-size", default=1, type=at_least(1), help="number of processes, where SLURM does not tell")
-    add("--dist-url", default="env://", help="where the processes meet")
+    add("--world-size", default=1, type=at_least(1), help="number of processes, where SLURM does not set it")
+    add("--dist-url", default="env://", help="address at which the processes connect")
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the flags; --recipe and --arch change the defaults of others."""
-    parser = get_parser()
-    parser.set_defaults(**changed_defaults(parser.parse_args(argv)))
-    return parser.parse_args(argv)
+    return parse_with_recipe(get_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Paired transforms of an image and its label, and the presets for training and evaluation.
 
 Every transform takes and returns `(image, target)`: PIL images, or `tv_tensors.Image` [C, H, W] with
-`tv_tensors.Mask` [H, W] on any device. All randomness comes from torch's global generator of the CPU, and nothing reads
-a pixel on the host: a GPU works through the transforms without waiting.
+`tv_tensors.Mask` [H, W] on any device. All random numbers come from torch's global CPU generator. No transform reads a
+pixel on the host, so a GPU never waits.
 """
 
 import math
@@ -19,14 +19,15 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-IGNORE_INDEX = 255  # label of the pixels that count neither in the loss nor in the scores
+from my_dataset import OUTSIDE
+from src.colours import ChannelNormalization
 
 
 def _pad_if_smaller(image: Any, target: Any, size: int) -> tuple[Any, Any]:
     height, width = F.get_size(image)
     padding = [0, 0, max(size - width, 0), max(size - height, 0)]  # left, top, right, bottom
     if any(padding):
-        image, target = F.pad(image, padding, fill=0), F.pad(target, padding, fill=IGNORE_INDEX)
+        image, target = F.pad(image, padding, fill=0), F.pad(target, padding, fill=OUTSIDE)
     return image, target
 
 
@@ -88,7 +89,7 @@ class RandomVerticalFlip:
 
 
 class RandomCrop:
-    """Cut out a square of `size` pixels at random; smaller pictures are padded at the right and bottom first."""
+    """Crop to a random square of `size` pixels. Smaller pictures are padded at the right and bottom first."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -98,21 +99,18 @@ class RandomCrop:
         height, width = F.get_size(image)
         top = int(torch.randint(0, height - self.size + 1, ()))
         left = int(torch.randint(0, width - self.size + 1, ()))
-        return (
-            F.crop(image, top, left, self.size, self.size),
-            F.crop(target, top, left, self.size, self.size),
-        )
+        return F.crop(image, top, left, self.size, self.size), F.crop(target, top, left, self.size, self.size)
 
 
 class RandomAffineCrop:
-    """Resize, turn by any angle, mirror and cut out a square of `size` pixels, all at random and in one resampling.
+    """Resize, rotate by any angle, mirror and crop to a square of `size` pixels, at random and in one resampling.
 
-    The image is interpolated bilinearly, the label takes its nearest pixel. What lies beyond the frame is 0 in the
-    image and 255 in the label. The centre is drawn so that an upright square would lie within the frame.
+    The image is interpolated bilinearly, the label by nearest neighbour. Pixels beyond the frame are 0 in the image and
+    255 in the label. The centre is drawn so that the square without its rotation would lie within the frame.
 
     Args:
         size: side of the square, pixels.
-        min_size, max_size: what the shorter side is resized to, drawn evenly on a logarithmic scale, pixels.
+        min_size, max_size: limits of the shorter side after resizing, pixels; drawn uniformly on a logarithmic scale.
     """
 
     def __init__(self, size: int, min_size: float, max_size: float) -> None:
@@ -124,15 +122,15 @@ class RandomAffineCrop:
         height, width = target.shape
         zoom, angle, mirror, x, y = torch.rand(5).tolist()
         shorter_side = self.min_size * (self.max_size / self.min_size) ** zoom
-        side = self.size / shorter_side * min(height, width)  # of the square in the picture as it is, pixels
+        side = self.size / shorter_side * min(height, width)  # of the square in the original picture, pixels
         cosine, sine = side * math.cos(2 * math.pi * angle), side * math.sin(2 * math.pi * angle)
-        # A mirrored square that is turned by any angle may be mirrored along either axis: they are the same squares.
+        # Under rotation by any angle, mirroring along either axis gives the same set of squares.
         flip = -1 if mirror < 0.5 else 1
         centre_x, centre_y = (
             (min(side, length) + (length - min(side, length)) * 2 * place) / 2
             for place, length in ((x, width), (y, height))
         )
-        # From the square's coordinates to the picture's, from -1 to 1 both.
+        # Maps the square's coordinates to the picture's; both range from -1 to 1.
         matrix = torch.tensor(
             [
                 [flip * cosine / width, -sine / width, 2 * centre_x / width - 1],
@@ -142,14 +140,14 @@ class RandomAffineCrop:
         matrix = matrix.to(image.device, non_blocking=True)
         grid = affine_grid(matrix[None], [1, 1, self.size, self.size], align_corners=False)
         image = grid_sample(image[None], grid, mode="bilinear", align_corners=False)[0]
-        # Sampling gives 0 beyond the frame, so 255 must be 0 meanwhile.
-        shifted = target[None, None].float() - IGNORE_INDEX
-        target = grid_sample(shifted, grid, mode="nearest", align_corners=False)[0, 0] + IGNORE_INDEX
+        # Sampling fills with 0 beyond the frame, so the label is shifted until 255 is 0.
+        shifted = target[None, None].float() - OUTSIDE
+        target = grid_sample(shifted, grid, mode="nearest", align_corners=False)[0, 0] + OUTSIDE
         return image, target.to(torch.int64)
 
 
 class ColorJitter:
-    """torchvision's ColorJitter, of the image alone."""
+    """torchvision's ColorJitter, applied to the image only."""
 
     def __init__(self, **strengths: float) -> None:
         self.jitter = v2.ColorJitter(**strengths)
@@ -159,7 +157,7 @@ class ColorJitter:
 
 
 class CenterCrop:
-    """Cut the central square of `size` pixels; smaller pictures are padded at the right and bottom first."""
+    """Crop to the central square of `size` pixels. Smaller pictures are padded at the right and bottom first."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -180,20 +178,13 @@ class ToTensor:
 
 
 class Normalize:
-    """Subtract `mean` and divide by `std`, channel by channel."""
+    """Subtract `mean` and divide by `std` in each channel of the image."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean = list(mean)
-        self.std = list(std)
-        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.normalise = ChannelNormalization(mean, std)
 
     def __call__(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        # torchvision's function would copy the numbers to the image's device every time, for which a GPU waits.
-        if image.device not in self._constants:
-            mean, std = (torch.tensor(values, device=image.device).view(-1, 1, 1) for values in (self.mean, self.std))
-            self._constants[image.device] = mean, std
-        mean, std = self._constants[image.device]
-        return (image - mean) / std, target
+        return self.normalise(image), target
 
 
 class SegmentationPresetTrain:
@@ -225,19 +216,13 @@ class SegmentationPresetTrain:
 
 
 class SegmentationPresetRotation:
-    """Crops with the shorter side at 0.8 to 1.15 times `base_size`, turned by any angle, mirrored, of varied colour.
+    """Rotated and mirrored crops, the shorter side at 0.8 to 1.15 times `base_size`, with colour jitter.
 
-    Vessels of one or two pixels do not survive much shrinking: a label brought to 0.6 of its size and back has a Dice
-    of 0.86 against itself.
+    Shrinking destroys vessels of one or two pixels: a label resized by 0.6 and back has a Dice of 0.86 against itself.
     """
 
     def __init__(
-        self,
-        base_size: int = 565,
-        crop_size: int = 256,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
+        self, base_size: int = 565, crop_size: int = 256, *, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         self.transforms = Compose(
             [
@@ -272,7 +257,7 @@ def get_transform(
     crop_size: int = 480,
     augmentation: str = "tutorial",
 ) -> SegmentationPresetTrain | SegmentationPresetRotation | SegmentationPresetEval:
-    """The training preset that `augmentation` names where `train`, else the evaluation preset."""
+    """With `train` the training preset of the name `augmentation`, else the evaluation preset."""
     if train:
         return AUGMENTATIONS[augmentation](base_size, crop_size, mean=mean, std=std)
     return SegmentationPresetEval(mean=mean, std=std)

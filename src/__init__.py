@@ -1,4 +1,4 @@
-"""The models, and the one place that turns a model's arguments into a model."""
+"""The models, and their construction from arguments."""
 
 from collections.abc import Mapping
 
@@ -23,7 +23,7 @@ __all__ = [
     "model_args_from_state_dict",
 ]
 
-# Each architecture with all its arguments, for photographs; `num_classes` counts the background.
+# The class of each architecture and its default arguments. `num_classes` includes the background.
 ARCHITECTURES = {
     "unet": (UNet, {"in_channels": 3, "num_classes": 2, "base_c": 32, "bilinear": True}),
     "unet_paper": (OverlapTileUNet, {"in_channels": 3, "num_classes": 2, "base_c": 64}),
@@ -35,11 +35,11 @@ ARCHITECTURES = {
 def create_model(arch: str = "unet", **model_args: int | bool) -> nn.Module:
     """Build a model [N, C, H, W] -> {"out": [N, num_classes, H, W]}.
 
-    The arguments stay with the model as `model_args`: a checkpoint holds them, so that it can be built again.
+    The arguments stay with the model as `model_args`. A checkpoint stores them to build the model again.
 
     Args:
-        arch: a key of ARCHITECTURES; files without it hold a plain U-Net.
-        model_args: of the architecture; what is left out is as in ARCHITECTURES.
+        arch: a key of ARCHITECTURES. Files without it hold a plain U-Net.
+        model_args: arguments of the architecture. ARCHITECTURES has the defaults.
 
     Raises:
         ValueError: there is no such architecture.
@@ -54,9 +54,9 @@ def create_model(arch: str = "unet", **model_args: int | bool) -> nn.Module:
 
 
 def model_args_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, str | int | bool]:
-    """Read the arguments of `create_model` off a model's parameters.
+    """Find the arguments of `create_model` from a model's parameters.
 
-    Files of the tutorial carry no arguments; names and shapes of the first and last convolution tell them.
+    The tutorial's files store no arguments. They follow from the names and shapes of the first and last convolution.
 
     Raises:
         KeyError, ValueError, IndexError: the parameters are not those of one of these models.
@@ -64,7 +64,8 @@ def model_args_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, st
     for arch, first in (("mobilenet_v3", "backbone.0.0.weight"), ("vgg16", "backbone.0.weight")):
         if first in state_dict:
             return {"arch": arch, "num_classes": state_dict["conv.0.weight"].shape[0]}
-    # The paper's U-Net has the names and shapes of the plain one with transposed convolutions; only its arguments tell.
+    # The paper's U-Net has the same names and shapes as the plain one with transposed convolutions. Only stored
+    # arguments tell them apart.
     base_c, in_channels = state_dict["in_conv.0.weight"].shape[:2]
     return {
         "arch": "unet",

@@ -1,4 +1,4 @@
-"""A U-Net whose contracting path is a classification network, with weights learned on ImageNet if wanted."""
+"""A U-Net whose contracting path is a classification network, optionally with ImageNet weights."""
 
 from collections.abc import Mapping
 
@@ -6,23 +6,25 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
+from .errors import UserError
 from .unet import OutConv, Up
 
 
-class BackboneWeightsError(ValueError):
-    """Weights of a backbone cannot be had, or are of another network; the message says what to do."""
+class BackboneWeightsError(UserError):
+    """The weights of a backbone cannot be downloaded or are of another network; the message says what to do."""
 
 
 class BackboneUNet(nn.Module):
-    """Four levels up, bilinearly, along stages that are tapped from a backbone.
+    """A backbone, and four bilinear upsampling levels that are connected to its stages.
 
     Args:
-        features: the feature layers of a classification network of torchvision; those after the last tap are dropped.
-        taps: the layers whose outputs are the stages, each half the resolution of the one before, and their channels.
+        features: the feature layers of a torchvision classification network. Those after the last tap are dropped.
+        taps: the indices of the layers whose outputs are the stages, with their channels. Each stage has half the
+            resolution of the one before.
         num_classes: classes of the output, background included.
     """
 
-    imagenet_weights: WeightsEnum  # of the network that `features` are of, as torchvision offers them
+    imagenet_weights: WeightsEnum  # torchvision's, for the network of `features`
 
     def __init__(self, features: nn.Sequential, taps: Mapping[int, int], num_classes: int) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class BackboneUNet(nn.Module):
         return self.conv(x)
 
     def load_backbone(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take over the feature layers out of the weights of torchvision's whole classification network.
+        """Load the feature layers from the weights of torchvision's whole classification network.
 
         Raises:
             BackboneWeightsError: they are the weights of another network.
@@ -66,14 +68,14 @@ class BackboneUNet(nn.Module):
             ) from error
 
     def download_backbone(self) -> None:
-        """Take over the weights learned on ImageNet, from torch's cache or the network.
+        """Load the ImageNet weights from torch's cache, or download them.
 
         Raises:
             BackboneWeightsError: they cannot be downloaded.
         """
         try:
             state_dict = self.imagenet_weights.get_state_dict(progress=True, check_hash=True)
-        # No network or no room on the disk; a file that was damaged on its way.
+        # No network, a full disk or a damaged download.
         except (OSError, RuntimeError) as error:
             raise BackboneWeightsError(
                 f"the ImageNet weights cannot be downloaded ({error}); get {self.imagenet_weights.url} elsewhere, and "

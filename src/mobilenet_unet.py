@@ -1,4 +1,4 @@
-"""U-Net on MobileNetV3-Large: a quick model for small machines.
+"""U-Net on MobileNetV3-Large, a fast model for small machines.
 
 Source of the backbone: A. Howard et al., "Searching for MobileNetV3", ICCV 2019, as torchvision builds it.
 """

@@ -1,4 +1,4 @@
-"""A model applied to a photograph of any size: brought to the model's scale, in tiles and flips where asked for."""
+"""Segmentation of a photograph of any size by a model, with scaling, tiles and flips."""
 
 import itertools
 import math
@@ -11,15 +11,17 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
-SMALLEST_SIDE = 16  # pixels that the U-Net needs
-GRID = 32  # pixels: tiles that begin at multiples of this are pooled at the same places as the whole picture
+from .colours import ChannelNormalization
+
+SMALLEST_INPUT = 16  # pixels; the least side of the U-Net's input
+GRID = 32  # pixels; in tiles that begin at multiples of this, poolings group the same pixels as in the whole picture
 SAME_SCALE = 0.05
 LARGEST_SCALE = 4.0
 
-# Memory of a forward pass, measured on the U-Net: at most 43 bytes a pixel and channel at full resolution.
+# Memory of a forward pass, measured on the U-Net: at most 43 bytes per pixel and channel at full resolution.
 BYTES_PER_PIXEL_AND_CHANNEL = 43
-LARGEST_WHOLE = 2 * 1024**3  # bytes; what would need more is cut into tiles ...
-LARGEST_TILES = 1024**3  # ... of which a batch needs at most this, since the picture and its probabilities come on top
+LARGEST_WHOLE = 2 * 1024**3  # bytes; pictures that need more are cut into tiles
+LARGEST_TILES = 1024**3  # bytes that a batch of tiles may need, besides the picture and its probabilities
 SMALLEST_TILE = 128
 
 FLIPS = ((), (-1,), (-2,), (-2, -1))  # dimensions of [C, H, W] to mirror
@@ -28,21 +30,21 @@ View = tuple[int, int, tuple[int, ...]]  # row and column of a tile, and its fli
 
 
 def normalise(photograph: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Prepare a photograph, uint8 [H, W, 3], exactly as in training and evaluation: float32 [3, H, W]."""
+    """Normalise a photograph, uint8 [H, W, 3], exactly as in training and evaluation: float32 [3, H, W]."""
     image = transforms.to_dtype(transforms.to_image(photograph), torch.float32, scale=True).as_subclass(Tensor)
-    return transforms.normalize(image, list(mean), list(std))
+    return ChannelNormalization(mean, std)(image)
 
 
 def match_scale(diameter: float, trained_diameter: float) -> float:
-    """The factor that makes vessels as wide as those the model was trained on.
+    """The scale at which vessels are as wide as in the model's training photographs.
 
     Args:
         diameter: of the photograph's field of view, pixels.
         trained_diameter: that of the training photographs.
     """
-    scale = min(trained_diameter / diameter, LARGEST_SCALE) if diameter else 1.0  # enlarging more shows nothing new
-    # Photographs of one camera differ by a percent or two, and a model trained at 0.5 to 1.2 times the size does not
-    # mind five; resampling would blur thin vessels for nothing.
+    scale = min(trained_diameter / diameter, LARGEST_SCALE) if diameter else 1.0  # more would add no detail
+    # Resampling blurs thin vessels, so small differences are ignored. Photographs of one camera differ by 1 or 2 %, and
+    # a model that was trained at 0.5 to 1.2 times the size tolerates 5 %.
     return 1.0 if abs(scale - 1) <= SAME_SCALE else scale
 
 
@@ -59,16 +61,16 @@ def segment(
     batch_size: int = 1,
     amp_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The probability of every class but the background, at each pixel of a photograph.
+    """The probabilities of all classes except the background, at each pixel of a photograph.
 
     Args:
         model: in eval mode; [N, 3, h, w] -> {"out": logits [N, C, h, w]}.
         photograph: RGB, uint8 [H, W, 3].
-        mean, std: what the model's training photographs were normalised with.
-        scale: resize the photograph by this factor first, and the probabilities back.
-        tile: side in pixels (after scaling) of overlapping tiles to cut it into; None: only as memory demands.
-        flips: average over the four flips of the picture, for four times the work.
-        batch_size: tiles or flips that go through the model at once.
+        mean, std: the normalisation of the model's training photographs.
+        scale: resize the photograph by this factor, and the probabilities back.
+        tile: side in pixels (after scaling) of overlapping tiles; None: use tiles only where memory requires it.
+        flips: average over the four flips of the picture, which takes four times as long.
+        batch_size: number of tiles or flips in one forward pass.
         amp_dtype: the lower precision of automatic mixed precision; None: float32 throughout.
 
     Returns:
@@ -78,7 +80,7 @@ def segment(
     height, width = photograph.shape[:2]
     if scale != 1:
         size = max(1, round(width * scale)), max(1, round(height * scale))
-        # As the training preset resizes.
+        # The same resampling as in the training preset.
         photograph = np.array(Image.fromarray(photograph).resize(size, Image.Resampling.BILINEAR))
     turns = FLIPS if flips else FLIPS[:1]
     if tile is None:
@@ -125,8 +127,8 @@ def _blend(
 
 
 def _overlapping_spans(length: int, tile: int) -> list[tuple[slice, Tensor]]:
-    """Where the tiles lie along one side of a picture, with their shares [span] in it, which add up to 1 everywhere."""
-    if length < tile + GRID:  # the last of several tiles may be larger by as much
+    """The tiles along one side of a picture, with their blending weights [span], which add up to 1 everywhere."""
+    if length < tile + GRID:  # the last tile may be larger by up to GRID
         return [(slice(0, length), torch.ones(length, dtype=torch.float64))]
     overlap = tile // 4
     step = max((tile - overlap) // GRID, 1) * GRID
@@ -137,7 +139,7 @@ def _overlapping_spans(length: int, tile: int) -> list[tuple[slice, Tensor]]:
     shares = torch.zeros(count, length, dtype=torch.float64)
     for share, span in zip(shares, spans, strict=True):
         size = span.stop - span.start
-        # A tile knows least at its own rim: its share rises from the rim inwards, over half of the overlap.
+        # A tile is least reliable at its rim: its weight rises from the rim inwards, over half of the overlap.
         distance = torch.minimum(torch.arange(1, size + 1), torch.arange(size, 0, -1))
         share[span] = (distance - overlap / 4).clamp(min=1e-3, max=overlap / 2)
     shares /= shares.sum(dim=0)
@@ -145,7 +147,7 @@ def _overlapping_spans(length: int, tile: int) -> list[tuple[slice, Tensor]]:
 
 
 def _batches(rows: list, columns: list, turns: Sequence[tuple[int, ...]], batch_size: int) -> Iterator[list[View]]:
-    """All tiles in all flips, in batches of one shape."""
+    """All tiles in all flips; the tiles of a batch have the same shape."""
 
     def shape(view: View) -> tuple[int, int]:
         return len(rows[view[0]][1]), len(columns[view[1]][1])
@@ -160,9 +162,8 @@ def _forward(model: nn.Module, images: Tensor, amp_dtype: torch.dtype | None) ->
     """Probabilities float64 [N, C - 1, H, W], on the CPU, of normalised images [N, 3, H, W]."""
     height, width = images.shape[-2:]
     device = next(model.parameters()).device
-    images = F.pad(images, [0, max(SMALLEST_SIDE - width, 0), 0, max(SMALLEST_SIDE - height, 0)])
+    images = F.pad(images, [0, max(SMALLEST_INPUT - width, 0), 0, max(SMALLEST_INPUT - height, 0)])
     with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
         logits = model(images.to(device))["out"][..., :height, :width]
-    # In float64, since float32 would round logits that hardly differ to two probabilities of 0.5: above 0.5 is then
-    # exactly what argmax calls a vessel.
+    # In float64, so that "above 0.5" is exactly the argmax: float32 rounds nearly equal logits to 0.5.
     return logits.cpu().double().softmax(dim=1)[:, 1:]

@@ -25,7 +25,7 @@ class VGG16UNet(BackboneUNet):
     imagenet_weights = VGG16_BN_Weights.IMAGENET1K_V1
 
     def __init__(self, num_classes: int, pretrain_backbone: bool = False) -> None:
-        # Not `vgg16_bn().features`: that would draw, and throw away, 124 million weights of the classifier.
+        # Not `vgg16_bn().features`: that would also initialise 124 million weights of the classifier.
         features = make_layers(cfgs["D"], batch_norm=True)
         for layer in features:
             if isinstance(layer, nn.Conv2d):

@@ -40,19 +40,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import predict
 import train
-from my_dataset import DRIVE_FOV_DIAMETER, DriveDataset, read_binary_mask
+from my_dataset import DRIVE_FOV_DIAMETER, DriveDataset
 from src import create_model
 from src.inference import for_inference
+from src.masks import read_binary_mask
+from src.roi_mask import roi_mask_path
 from src.segment import normalise
 from train_utils import create_lr_scheduler, train_and_eval
 from train_utils.command_line import Parser, at_least, run_script, select_device
-from train_utils.data_loading import default_workers, evaluation_loader, training_loader
-from train_utils.fit import model_arguments, open_datasets
+from train_utils.data_loading import make_loaders, open_datasets
 from train_utils.memory import keep_freed_memory
-from train_utils.speed import amp_dtype, evaluation_pixels, memory_format, place_photographs, settle_speed
+from train_utils.settings import amp_dtype, memory_format, model_arguments, settle
 from train_utils.synthetic_drive import write_synthetic_drive
 from train_utils.training_state import TrainingState
 
+CPU = torch.device("cpu")
 IGNORED = 255
 VALIDATED = 3  # photographs, held out of the training ones
 
@@ -159,22 +161,9 @@ class Project(Subject):
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         super().__init__(args, device)
         keep_freed_memory()
-        train_data, val_data = place_photographs(open_datasets(args), device, args)
+        train_data, val_data = open_datasets(args, device)
         self.path = val_data.img_list[0]  # of the photograph to predict
-        workers = default_workers(device, args.batch_size) if args.workers is None else args.workers
-        pin_memory = device.type == "cuda" and not args.device_data
-        self.loader = training_loader(
-            train_data,
-            args.batch_size,
-            workers,
-            args.seed,
-            drop_last=False,
-            pin_memory=pin_memory,
-            steps=args.steps_per_epoch,
-        )
-        self.val_loader = evaluation_loader(
-            val_data, workers, pin_memory=pin_memory, batch_pixels=evaluation_pixels(args)
-        )
+        self.loader, self.val_loader = make_loaders(train_data, val_data, device, args, drop_last=False)
         torch.manual_seed(args.seed)
         self.model = create_model(**model_arguments(args)).to(device, memory_format=memory_format(args))
         self.batches = [next(iter(self.loader))] * _steps_at_once(device)
@@ -241,9 +230,9 @@ class Project(Subject):
 
     @torch.inference_mode()
     def inference(self) -> Measured:
-        quick_model = for_inference(self.model)
+        fast_model = for_inference(self.model)
         image = _image(self.path, self.args).to(self.device)
-        return {INFERENCE: seconds(lambda: quick_model(image), self.device)}
+        return {INFERENCE: seconds(lambda: fast_model(image), self.device)}
 
     def prediction(self) -> Measured:
         predict_one = self.predictor()
@@ -255,8 +244,8 @@ class Project(Subject):
         checkpoint = {name: getattr(self.args, name) for name in ("mean", "std", "normalization")}
         checkpoint |= {"fov_diameter": DRIVE_FOV_DIAMETER, "model_args": self.model.model_args}
         predict.settle_by_checkpoint(args, checkpoint)
-        quick_model = for_inference(self.model)
-        return lambda: predict.predict(self.path, quick_model, checkpoint, args).labels == 1
+        fast_model = for_inference(self.model)
+        return lambda: predict.predict(self.path, fast_model, checkpoint, args).labels == 1
 
 
 class Naive(Subject):
@@ -266,7 +255,7 @@ class Naive(Subject):
         super().__init__(args, device)
         self.photographs, self.val_photographs = (
             DecodedEachTime(dataset, args, augment)
-            for dataset, augment in zip(open_datasets(args), (True, False), strict=True)
+            for dataset, augment in zip(open_datasets(args, CPU), (True, False), strict=True)
         )
         self.path = self.val_photographs.files[0][0]
         torch.manual_seed(args.seed)
@@ -350,7 +339,7 @@ class Naive(Subject):
         def predict_one() -> np.ndarray:
             self.model.eval()
             image = _image(self.path, self.args).to(self.device)
-            field_of_view = read_binary_mask(predict.roi_mask_path(self.path, None))
+            field_of_view = read_binary_mask(roi_mask_path(self.path, None))
             self.model(torch.zeros_like(image))
             vessels = self.model(image)["out"].argmax(1)[0] == 1
             return vessels.cpu().numpy() & field_of_view
@@ -508,7 +497,7 @@ def _answer(kind: type, flags: Sequence[str], connection: Connection) -> None:
 def _settle(flags: Sequence[str]) -> tuple[argparse.Namespace, torch.device]:
     args = train.parse_args(flags)
     device = select_device(args.device)
-    settle_speed(args, device)
+    settle(args, device)
     return args, device
 
 
@@ -564,7 +553,7 @@ def main(args: argparse.Namespace) -> None:
         data_path = args.data_path or str(write_synthetic_drive(folder, training=12 + VALIDATED, test=1))
         flags = ["--data-path", data_path, "--val-split", str(VALIDATED), *args.train_flags]
         settled, device = _settle(flags)
-        photograph = open_datasets(settled)[1].img_list[0]
+        photograph = open_datasets(settled, CPU)[1].img_list[0]
         project, naive, rates = measure(flags, args.repeats)
         limit = limits(settled, photograph, rates)
     print(f"{describe(device)}: medians of {args.repeats}; limit at {max(rates.values()) / 1e9:.0f} GFLOP/s\n")
@@ -574,7 +563,7 @@ def main(args: argparse.Namespace) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the flags; what is not known here is train.py's."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-path", help="the folder that contains DRIVE (default: made-up photographs)")
+    parser.add_argument("--data-path", help="the folder that contains DRIVE (default: synthetic photographs)")
     parser.add_argument("--repeats", type=at_least(1), default=5, help="measurements of each number")
     args, args.train_flags = parser.parse_known_args(argv)
     return args

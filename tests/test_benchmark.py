@@ -41,8 +41,6 @@ def test_every_row_is_measured(flags):
         subject = kind(args, device)
         for measurement in benchmark.MEASUREMENTS:
             rows |= getattr(subject, measurement)()
-        parts = [rows[row] for row in (benchmark.FORWARD, benchmark.LOSS, benchmark.BACKWARD, benchmark.OPTIMIZER)]
-        assert sum(parts) < rows[benchmark.STEP]
     limit = benchmark.limits(args, subject.path, {"torch.float32": 1e11})
     rows = numbers_of(benchmark.table(project, naive, limit).splitlines())
     assert [row for row, cells in rows.items() if cells[3]] == [row for row in benchmark.ROWS if row in limit]

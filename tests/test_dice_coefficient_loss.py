@@ -4,7 +4,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.reference import loop_criterion, loop_dice
 from train_utils import build_target, dice_coeff, dice_loss, multiclass_dice_coeff
-from train_utils.metrics import ConfusionMatrix, DiceCoefficient
+from train_utils.scoring.counts import ConfusionMatrix, DiceCoefficient
 from train_utils.train_and_eval import criterion
 
 

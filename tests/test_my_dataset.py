@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 import my_dataset
-from my_dataset import DatasetError, DriveDataset, cat_list, find_drive, has_test_labels
+from my_dataset import DriveDataset, cat_list, find_drive, has_test_labels
+from src.errors import DatasetError
 
 TRAINING = [f"{number}_training.tif" for number in range(21, 27)]
 

@@ -14,11 +14,14 @@ from PIL import Image, ImageDraw
 import predict
 from my_dataset import DRIVE_MEAN, DRIVE_STD, DriveDataset
 from src import create_model
+from src.field_of_view import find_field_of_view
 from src.inference import for_inference
-from src.photograph import find_field_of_view, read_photograph
+from src.photograph import read_photograph
+from src.roi_mask import choose_field_of_view
 from src.segment import normalise, segment
 from tests.test_checkpoint import save_as_the_tutorial
-from tests.test_photograph import disc, make_broken
+from tests.test_field_of_view import disc
+from tests.test_photograph import make_broken
 from train_utils import load_model, save_checkpoint
 from train_utils.command_line import run_script
 from train_utils.data_loading import evaluation_loader
@@ -321,7 +324,7 @@ def test_a_mask_of_a_part_of_the_retina_does_not_change_its_size(tmp_path, weigh
         mask = disc(72, 80, diameter)
         path = tmp_path / f"{diameter}.png"
         Image.fromarray(mask).save(path)
-        field_of_view, retina = predict.choose_field_of_view(image, photograph, str(path))
+        field_of_view, retina = choose_field_of_view(image, photograph, str(path))
         np.testing.assert_array_equal(field_of_view, mask)
         np.testing.assert_array_equal(retina, found | mask if retina_is_found else mask)
     assert found.sum() > 2 * disc(72, 80, 24).sum()

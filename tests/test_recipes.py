@@ -12,12 +12,13 @@ import train
 import train_multi_GPU
 from my_dataset import DRIVE_MEAN, DRIVE_STD, DriveDataset
 from src import UNet
-from src.photograph import prepare
+from src.colours import prepare
 from src.segment import segment
 from tests.conftest import SMALL_RUN
 from train_utils import load_checkpoint, load_model
+from train_utils.checkpoint import normalization_of
 from train_utils.command_line import run_script
-from train_utils.data_loading import photograph_preparation, training_loader
+from train_utils.data_loading import open_photographs, training_loader
 from train_utils.recipes import RECIPES
 from train_utils.scoring import measure
 from transforms import get_transform
@@ -118,29 +119,6 @@ def test_three_steps_of_the_tutorials_recipe(shared_drive, working_directory):
     assert losses() == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.slow
-def test_three_steps_of_the_tutorials_recipe_on_real_photographs(real_drive, working_directory, capsys):
-    """The losses of the tutorial's recipe on photographs 21-36, as first measured with --seed 0."""
-    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        stop_after_steps(3, patch)
-        train.main(train.parse_args(["--data-path", str(real_drive), "--device", "cpu"]))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Epoch: [0]  [")]
-    assert [line.split("loss: ")[1].split()[0] for line in lines[:3]] == ["1.2115", "1.1886", "1.1483"]
-
-
-def stop_after_steps(steps, patch):
-    original = torch.optim.SGD.step
-    taken = []
-
-    def step(*args, **kwargs):
-        if len(taken) == steps:
-            raise KeyboardInterrupt
-        taken.append(None)
-        return original(*args, **kwargs)
-
-    patch.setattr(torch.optim.SGD, "step", step)
-
-
 @pytest.fixture(scope="module")
 def quick_weights(shared_drive, tmp_path_factory):
     """The weights of a short run that takes all that the recipes may ask for."""
@@ -194,12 +172,8 @@ def test_the_average_is_that_of_the_steps(shared_drive, working_directory, monke
 
 def test_predict_obeys_the_weights_and_agrees_with_the_scores(quick_weights, shared_drive, tmp_path):
     model, checkpoint = load_model(quick_weights, CPU)
-    data = DriveDataset(
-        shared_drive,
-        False,
-        get_transform(False, checkpoint["mean"], checkpoint["std"]),
-        prepare=photograph_preparation(checkpoint),
-    )
+    transform = get_transform(False, checkpoint["mean"], checkpoint["std"])
+    data = open_photographs(shared_drive, False, transform, normalization_of(checkpoint))
     predict.main(
         predict.parse_args(
             ["--weights", str(quick_weights), "--output", str(tmp_path), "--image", *map(str, data.img_list)]
@@ -225,7 +199,7 @@ def test_photographs_are_normalised_each_by_its_own(quick_weights, shared_drive,
     model, checkpoint = load_model(quick_weights, CPU)
     checkpoint["normalization"] = normalization
     pictures = photograph, np.rint(photograph * gain + offset).astype(np.uint8)
-    matched = [prepare(picture, inside, checkpoint) for picture in pictures]
+    matched = [prepare(picture, inside, normalization_of(checkpoint)) for picture in pictures]
     assert np.abs(matched[0].astype(int) - matched[1]).max() <= levels
     original, dark = (segment(model, picture, checkpoint["mean"], checkpoint["std"])[0] for picture in matched)
     assert (original - dark).abs().mean() < 0.01

@@ -16,7 +16,7 @@ import train
 from tests.conftest import SMALL_RUN
 from tests.processes import PROJECT, clean_environment
 from tests.test_train_multi_GPU import assert_same_state
-from train_utils import fit, load_checkpoint, save_checkpoint
+from train_utils import fit, load_checkpoint, save_checkpoint, saver
 from train_utils.command_line import run_script
 
 LAST = Path("save_weights/last_model.pth")
@@ -126,7 +126,7 @@ def test_files_are_of_their_epoch_however_slow_the_disk(
         time.sleep(0.3)
         save_checkpoint(checkpoint, path)
 
-    monkeypatch.setattr(fit, "save_checkpoint", slow)
+    monkeypatch.setattr(saver, "save_checkpoint", slow)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_in(3, patch)
         run(shared_drive, "--epochs", 6, "--save-best", "False")
@@ -175,7 +175,8 @@ def start_and_perhaps_kill(data, delay):
     return process.returncode
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 20])
 def test_killed_at_random_moments(shared_drive, undisturbed, tmp_path, monkeypatch, kills):
     rng = random.Random(kills)
     for run_number in itertools.count():

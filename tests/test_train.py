@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import train
-from my_dataset import DatasetError
+from src.errors import DatasetError
 from tests.conftest import SMALL_RUN
 from tests.test_checkpoint import save_as_the_tutorial
 from train_utils import fit, load_checkpoint
 from train_utils.command_line import run_script
+from train_utils.train_and_eval import NonFiniteLossError
 
 PROJECT = Path(train.__file__).parent
 
@@ -176,7 +177,7 @@ def test_weights_that_overflow_in_the_last_step_are_not_saved(shared_drive, work
         return result
 
     monkeypatch.setattr(fit, "train_one_epoch", overflow)
-    with pytest.raises(fit.NonFiniteLossError, match="the weights became NaN or infinite"):
+    with pytest.raises(NonFiniteLossError, match="the weights became NaN or infinite"):
         run(shared_drive, "--epochs", "1")
     assert not list(Path("save_weights").iterdir())
 
@@ -200,7 +201,7 @@ def test_two_training_photographs_alone(drive, working_directory, capsys):
 
 def test_val_split_trains_on_the_rest(shared_drive, working_directory, monkeypatch):
     loaders = []
-    monkeypatch.setattr(train, "fit", lambda model, *others: loaders.extend(others[:2]) or 0.5)
+    monkeypatch.setattr(train, "fit", lambda model, state, *others: loaders.extend(others[:2]) or 0.5)
     run(shared_drive, "--val-split", "2")
     training, validation = loaders
     assert [path.name[:2] for path in training.dataset.dataset.img_list] == ["21", "22", "23", "24"]

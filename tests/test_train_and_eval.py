@@ -193,28 +193,33 @@ def test_overfits_one_photograph(tmp_path):
     assert evaluate(model, loader, CPU, 2)[1] > 0.95
 
 
-@pytest.mark.parametrize("steps", [7, 10, 100])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 800])
 def test_one_cycle_against_torchs(steps):
-    def rates(make):
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
-        scheduler = make(optimizer)
-        for _ in range(steps):
-            yield optimizer.param_groups[0]["lr"]
+    def run(optimizer, scheduler):
+        rates = [optimizer.param_groups[0]["lr"]]
+        while scheduler.last_epoch < steps - 1:
             optimizer.step()
-            if scheduler.last_epoch < steps - 1:
-                scheduler.step()
+            scheduler.step()
+            rates.append(optimizer.param_groups[0]["lr"])
+        return rates
 
-    ours = list(rates(lambda optimizer: create_one_cycle_scheduler(optimizer, steps)))
-    theirs = list(rates(lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.3, total_steps=steps, cycle_momentum=False)))
-    assert ours == pytest.approx(theirs, abs=1e-7)
+    optimizer = sgd(lr=0.3)
+    theirs = run(
+        optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=steps, cycle_momentum=False)
+    )
+    optimizer = sgd(lr=0.3)
+    ours = run(optimizer, create_one_cycle_scheduler(optimizer, steps))
+    assert len(ours) == steps and ours == pytest.approx(theirs, abs=1e-12)
+    for done in range(0, steps, max(steps // 40, 1)):  # a run that is resumed after so many steps
+        optimizer = sgd(lr=0.3)
+        optimizer.param_groups[0]["initial_lr"] = 0.3
+        assert run(optimizer, create_one_cycle_scheduler(optimizer, steps, last_epoch=done - 1)) == ours[done:]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_one_cycle_of_few_steps_and_past_its_end(steps):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
-    (factor,) = create_one_cycle_scheduler(optimizer, steps).lr_lambdas
-    assert all(0 < factor(step) <= 1 for step in range(2 * steps))
-    assert factor(2 * steps) == pytest.approx(4e-6)
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_one_cycle_past_its_end(steps):
+    (factor,) = create_one_cycle_scheduler(sgd(), steps).lr_lambdas
+    assert [factor(step) for step in (steps, 2 * steps)] == pytest.approx([4e-6, 4e-6], abs=1e-15)
 
 
 def test_foreground_dice_in_the_criterion():

@@ -17,7 +17,9 @@ from tests.conftest import SMALL_RUN
 from tests.processes import PROJECT, in_processes, torchrun
 from train_utils import distributed_utils, fit, load_checkpoint
 from train_utils.command_line import UsageError, run_script
+from train_utils.data_loading import evaluation_loader, open_datasets
 from train_utils.distributed_utils import DistributedError, init_distributed_mode
+from train_utils.settings import settle
 
 SCRIPT = PROJECT / "train_multi_GPU.py"
 SMALL = [*SMALL_RUN, "-j", "0"]
@@ -196,7 +198,7 @@ def evaluate_and_train(meeting_point, data):
     torch.save({"model": state, "scores": seen["scores"]}, f"rank{args.rank}.pth")
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("world_size", [2, 5])  # 5: the last has no photograph to validate
 def test_ranks_agree_and_validation_is_exact(shared_drive, tmp_path, world_size):
     in_processes(evaluate_and_train, world_size, tmp_path, f"file://{tmp_path}/meet", shared_drive)
     ranks = [torch.load(tmp_path / f"rank{rank}.pth") for rank in range(world_size)]
@@ -206,10 +208,11 @@ def test_ranks_agree_and_validation_is_exact(shared_drive, tmp_path, world_size)
             assert torch.equal(value, other["model"][name]), name
     # The same weights in this one process: each of the 4 photographs counted once, whatever the shards.
     args = parse(shared_drive)
-    _, data = fit.open_datasets(args)
+    settle(args, torch.device("cpu"))
+    _, data = open_datasets(args, torch.device("cpu"))
     model = train.create_model(base_c=4)
     model.load_state_dict(ranks[0]["model"])
-    loader = train.evaluation_loader(data, 0, pin_memory=False)
+    loader = evaluation_loader(data, 0, pin_memory=False)
     confusion_matrix, dice = fit.evaluate(model, loader, torch.device("cpu"), 2)
     matrix, distributed_dice = ranks[0]["scores"][-1]
     assert matrix == confusion_matrix.mat.tolist()
@@ -240,16 +243,16 @@ def test_averaged_weights_are_the_same_in_all_processes(shared_drive, tmp_path):
 
 def train_with_a_nan_on_rank_1(meeting_point, data):
     args = parse(data, "--epochs", "50", "-b", "1", "--print-freq", "2", "--dist-url", meeting_point)
-    original = train_multi_GPU.training_loader
+    original = train_multi_GPU.make_loaders
 
     def poisoned(*arguments, **kwargs):
-        loader = original(*arguments, **kwargs)
+        loader, val_loader = original(*arguments, **kwargs)
         if args.rank == 1:
             collate = loader.collate_fn
             loader.collate_fn = lambda batch: (collate(batch)[0] * float("nan"), collate(batch)[1])
-        return loader
+        return loader, val_loader
 
-    train_multi_GPU.training_loader = poisoned
+    train_multi_GPU.make_loaders = poisoned
     try:
         run_script(train_multi_GPU.main, args)
     finally:
@@ -261,22 +264,6 @@ def test_a_nan_on_one_rank_stops_all(shared_drive, tmp_path):
     assert (tmp_path / "stopped0").exists() and (tmp_path / "stopped1").exists()
     assert "".join(printed).count("the training loss became nan") == 1
     assert not list(tmp_path.glob("multi_train/*.pth"))
-
-
-def test_torchrun_ends_when_one_rank_fails(shared_drive, tmp_path):
-    script = tmp_path / "faulty.py"
-    script.write_text(
-        "import os, train_multi_GPU\n"
-        "def broken(*args, **kwargs):\n"
-        "    raise RuntimeError('a fault of ours')\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    train_multi_GPU.fit = broken\n"
-        "train_multi_GPU.main(train_multi_GPU.parse_args())\n"
-    )
-    flags = ["--data-path", shared_drive, *SMALL, "--epochs", 1000, "-b", 1]
-    process = torchrun("--standalone", "--nproc_per_node=2", script, *flags, cwd=tmp_path)
-    output, _ = process.communicate(timeout=90)
-    assert process.returncode != 0 and "a fault of ours" in output
 
 
 def children(pid):
@@ -311,6 +298,7 @@ def run_torchrun(data, folder, *flags, kill_in=(), workers=0):
     return load_checkpoint(folder / "multi_train" / "last_model.pth"), "".join(output)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_restarts_and_ends_in_the_same_weights(shared_drive, tmp_path):
     flags = "--epochs", 6, "--steps-per-epoch", 9
     undisturbed, _ = run_torchrun(shared_drive, tmp_path / "undisturbed", *flags)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 import train
-from train_utils.training_state import TrainingState
+import train_multi_GPU
+from train_utils.training_state import UNREPORTED, TrainingState
 
 CPU = torch.device("cpu")
 
@@ -110,12 +111,9 @@ def test_steps_of_adamw_are_counted_where_a_fused_kernel_looks_for_them():
     assert [group["fused"] for group in seen[0]["param_groups"]] == [True]
 
 
-def test_flips_are_remembered():
-    checkpoint = as_loaded(new_state("--tta"))
-    restored, told_otherwise = new_state(), new_state("--no-tta")
-    restored.restore(checkpoint)
-    told_otherwise.restore(checkpoint)
-    assert restored.checkpoint()["tta"] is True and told_otherwise.checkpoint()["tta"] is False
+@pytest.mark.parametrize(("flags", "stored"), [(["--tta"], True), (["--no-tta"], False), ([], False)])
+def test_flips_are_stored(flags, stored):
+    assert as_loaded(new_state(*flags))["tta"] is stored
 
 
 def test_changes_against_a_checkpoint_that_does_not_name_them(capsys):
@@ -124,3 +122,27 @@ def test_changes_against_a_checkpoint_that_does_not_name_them(capsys):
         del checkpoint["args"][name]
     new_state("--ema-decay", "0.9").restore(checkpoint)
     assert "changed since the checkpoint: ema_decay 0.0 -> 0.9;" in capsys.readouterr().out
+
+
+def test_an_unchanged_run_reports_nothing(capsys):
+    new_state().restore(as_loaded(new_state()))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_flag_that_nobody_thought_of_is_reported(capsys):
+    """Every flag that changed is, unless UNREPORTED names it."""
+    states = []
+    for value in (1, 2):
+        states.append(new_state())
+        states[-1].args.flag_of_tomorrow = value
+        states[-1].args.print_freq = states[-1].args.workers = 10 + value
+    states[1].restore(as_loaded(states[0]))
+    assert "changed since the checkpoint: flag_of_tomorrow 1 -> 2; the schedule" in capsys.readouterr().out
+
+
+def test_what_goes_unreported_are_flags():
+    args = vars(train.parse_args([])) | vars(train_multi_GPU.parse_args([]))
+    of_the_process_group = {"gpu", "rank", "dist_backend", "distributed"}
+    assert set(args) >= UNREPORTED - of_the_process_group
+    numbers = {"seed", "lr", "batch_size", "epochs", "crop_size", "amp", "val_split", "world_size", "normalization"}
+    assert not UNREPORTED & numbers

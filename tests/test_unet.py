@@ -104,6 +104,11 @@ def test_up_reaches_from_corner_to_corner():
     assert torch.allclose(seen[0][0, 2], torch.linspace(0, 2, 6).expand(6, 6))  # align_corners=True
 
 
+def test_arguments_stay_as_attributes():
+    model = UNet(in_channels=4, num_classes=5, bilinear=False, base_c=2)
+    assert (model.in_channels, model.num_classes, model.bilinear) == (4, 5, False)
+
+
 def test_create_model_and_back():
     for model_args in (
         {"arch": "unet", "in_channels": 3, "num_classes": 2, "base_c": 8, "bilinear": True},

@@ -1,4 +1,4 @@
-"""Loss, metrics, training loop, distribution and checkpoints."""
+"""Training: flags, data loading, loss, epochs, scores and checkpoints; the names that the tutorial has are here."""
 
 from .checkpoint import load_checkpoint, load_model, save_checkpoint
 from .dice_coefficient_loss import build_target, dice_coeff, dice_loss, multiclass_dice_coeff
@@ -12,7 +12,7 @@ from .distributed_utils import (
     save_on_master,
 )
 from .logger import MetricLogger, SmoothedValue
-from .metrics import ConfusionMatrix, DiceCoefficient
+from .scoring.counts import ConfusionMatrix, DiceCoefficient
 from .train_and_eval import create_lr_scheduler, criterion, evaluate, train_one_epoch
 
 __all__ = [

@@ -1,12 +1,11 @@
-"""The only module that reads or writes weights.
+"""Files of weights: reading, checking and writing. No other module reads or writes them.
 
 A checkpoint is a dict of tensors and plain values with the tutorial's keys (`model`, `optimizer`, `lr_scheduler`,
 `epoch`, `args`, with AMP `scaler`) and this project's: `model_args` (of `src.create_model`), `mean` and `std` (how the
-photographs were normalised), `normalization` (unless it is "dataset", each was first brought to that mean and std, see
-`src.photograph.prepare`), `fov_diameter` (pixels across their fields of view), `best_dice`, `history` (the rows of the
-results files), `selected_on` (the photographs that the best epoch was chosen on), `tta` (whether to take the mean over
-flips); where the weights are an average, `training_model` (those that training goes on from); and once chosen,
-`threshold` (the probability above which a pixel is a vessel).
+photographs were normalised), `normalization` (the `kind` of `src.colours.Normalization`), `fov_diameter` (the diameter
+of their fields of view, pixels), `best_dice`, `history` (the rows of the results files), `selected_on` (the photographs
+that the best epoch was chosen on), `tta` (whether to average over flips). Two keys are optional: `training_model` (the
+weights to continue from, if `model` is an average) and `threshold` (the probability above which a pixel is a vessel).
 """
 
 import argparse
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 
 from my_dataset import DRIVE_FOV_DIAMETER, DRIVE_MEAN, DRIVE_STD
 from src import BackboneUNet, BackboneWeightsError, create_model, model_args_from_state_dict
+from src.colours import Normalization
+from src.errors import UserError
 
 from .files import replace_whole
 
@@ -30,7 +31,7 @@ LAST_MODEL, BEST_MODEL = "last_model.pth", "best_model.pth"
 
 Checkpoint = dict[str, Any]
 
-# What torch and its pickle reader stumble over in a truncated, altered or foreign file.
+# The errors of torch and its pickle reader on truncated, altered or foreign files.
 _DAMAGE = (
     AssertionError,
     AttributeError,
@@ -45,7 +46,7 @@ _DAMAGE = (
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A file of weights is missing, damaged, not safe to read, or of another model; the message names it."""
 
 
@@ -53,7 +54,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Write a checkpoint whole or not at all.
 
     Raises:
-        train_utils.files.OutputError: the file cannot be written; one that stood there before is intact.
+        train_utils.files.OutputError: the file cannot be written; an earlier file is intact.
     """
     buffer = io.BytesIO()
     torch.save(dict(checkpoint), buffer)
@@ -63,7 +64,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 
 def _read(path: Path) -> Any:
     try:
-        # Files of the tutorial hold their `args` as a pickled Namespace, which is data; nothing else is let in.
+        # The tutorial's files hold `args` as a pickled Namespace, which is plain data. No other class is allowed.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -82,18 +83,18 @@ def _read(path: Path) -> Any:
 
 
 def _without_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names as the plain model has them, whether it was wrapped by torch.compile, DistributedDataParallel or both."""
+    """Remove the prefixes that torch.compile and DistributedDataParallel put before the names."""
     return {re.sub(r"^(?:_orig_mod\.|module\.)+", "", name): value for name, value in state_dict.items()}
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint of this project or of the tutorial, or a bare state dict, onto the CPU.
 
-    `model`, `model_args`, `mean`, `std`, `normalization`, `fov_diameter`, `args` (a dict) and `path` are there whatever
-    wrote the file; the rest only where it was in the file.
+    The result always has `model`, `model_args`, `mean`, `std`, `normalization`, `fov_diameter`, `args` (a dict) and
+    `path`. Other keys are there only if they are in the file.
 
     Raises:
-        CheckpointError: no such file; no checkpoint; pickled code inside (which is not executed); not a U-Net's.
+        CheckpointError: the file is missing, is no checkpoint of a U-Net, or holds pickled code (never executed).
     """
     path = Path(path)
     content = _read(path)
@@ -126,10 +127,10 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's weights into a model of the same shape.
+    """Load a checkpoint's weights into a model of the same shape.
 
     Raises:
-        CheckpointError: they are of another shape, or hold NaN or infinite values.
+        CheckpointError: the shapes differ, or there are NaN or infinite values.
     """
     expected, found, path = model.state_dict(), checkpoint["model"], checkpoint["path"]
     wrong = [name for name in expected if name not in found or found[name].shape != expected[name].shape]
@@ -147,11 +148,16 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict(found)
 
 
+def normalization_of(checkpoint: Checkpoint) -> Normalization:
+    """How the photographs of a checkpoint's model were normalised."""
+    return Normalization(checkpoint["normalization"], checkpoint["mean"], checkpoint["std"])
+
+
 def load_backbone_weights(model: BackboneUNet, path: str | Path) -> None:
-    """Put the weights that torchvision learned on ImageNet, from a file, into the backbone of a model.
+    """Load torchvision's ImageNet weights from a file into the backbone of a model.
 
     Raises:
-        CheckpointError: no such file; no weights; weights of another network.
+        CheckpointError: the file is missing, or holds no weights, or those of another network.
     """
     state_dict = _read(Path(path))
     if not _is_state_dict(state_dict):
@@ -163,7 +169,7 @@ def load_backbone_weights(model: BackboneUNet, path: str | Path) -> None:
 
 
 def load_model(path: str | Path, device: torch.device) -> tuple[nn.Module, Checkpoint]:
-    """Build the model that a file describes, in eval mode on `device`, and give the rest of the file with it.
+    """Build the model of a file, in eval mode on `device`; return it with the checkpoint.
 
     Raises:
         CheckpointError: as `load_checkpoint` and `load_weights`.
@@ -173,7 +179,7 @@ def load_model(path: str | Path, device: torch.device) -> tuple[nn.Module, Check
 
 
 def build_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
-    """The model that a checkpoint describes, with its weights, in eval mode on `device`.
+    """Build the model of a checkpoint with its weights, in eval mode on `device`.
 
     Raises:
         CheckpointError: as `load_weights`.
@@ -187,7 +193,7 @@ def build_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
 
 
 def add_to_checkpoint(path: str | Path, **values: Any) -> None:
-    """Put further plain values into a file of weights; all else in it stays as it is.
+    """Add plain values to a file of weights; everything else in it stays unchanged.
 
     Raises:
         CheckpointError: as `load_checkpoint`.

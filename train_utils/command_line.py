@@ -1,4 +1,4 @@
-"""What the scripts' command lines have in common: flag types, the device, and errors as one line."""
+"""The parts that all command lines share: flag types, the device, and errors as one line."""
 
 import argparse
 import math
@@ -9,45 +9,24 @@ from typing import NoReturn
 
 import torch
 
-from my_dataset import DatasetError
-from src import BackboneWeightsError
-from src.photograph import PhotographError
+from src.errors import UserError
 
-from .checkpoint import CheckpointError
-from .distributed_utils import DistributedError
-from .export import ExportError
-from .files import OutputError
 from .memory import keep_freed_memory
-from .train_and_eval import NonFiniteLossError
 
 
-class UsageError(ValueError):
-    """A flag has a value that cannot work here; the message names the flag."""
-
-
-# What a user can mend. Anything else is a fault of ours and keeps its traceback.
-USER_ERRORS = (
-    BackboneWeightsError,
-    CheckpointError,
-    DatasetError,
-    DistributedError,
-    ExportError,
-    NonFiniteLossError,
-    OutputError,
-    PhotographError,
-    UsageError,
-)
+class UsageError(UserError):
+    """A flag has a value that cannot work; the message names the flag."""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but of flags that have none of their own: their help says in words what happens."""
+    """Shows the defaults except None, which the help text of those flags explains."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that shows defaults in its help and answers a wrong flag with one line."""
+    """An ArgumentParser that shows defaults in its help and reports a wrong flag in one line."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description, formatter_class=_HelpFormatter)
@@ -57,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(low: float, kind: type = int) -> Callable[[str], int | float]:
-    """A flag's type: a finite number of `kind`, not below `low` (whole ones of 63 bits at most)."""
+    """A flag's type: a finite number of `kind` of at least `low` (whole numbers: of at most 63 bits)."""
 
     def parse(text: str) -> int | float:
         try:
@@ -103,14 +82,14 @@ def boolean(text: str) -> bool:
 
 
 def add_switch(parser: argparse.ArgumentParser, *names: str, default: bool | None, help: str) -> None:
-    """Add a switch that is understood as `--name`, `--no-name`, `--name True` and `--name False`."""
+    """Add a switch with the forms `--name`, `--no-name`, `--name True` and `--name False`."""
     action = parser.add_argument(*names, nargs="?", const=True, default=default, type=boolean, help=help)
     negations = [f"--no-{name.removeprefix('--')}" for name in names]
     parser.add_argument(*negations, dest=action.dest, action="store_false", default=argparse.SUPPRESS)
 
 
 def select_device(name: str, index: int = 0) -> torch.device:
-    """The device that `--device` names; the CPU where it is cuda and there is no GPU.
+    """The device that `--device` names; for cuda without a GPU, the CPU.
 
     Args:
         name: as `torch.device` takes it.
@@ -133,12 +112,12 @@ def select_device(name: str, index: int = 0) -> torch.device:
 
 
 def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run a script's `main`; what the user can mend ends in one line on stderr and exit status 1."""
+    """Run a script's `main`; a UserError ends in one line on stderr and exit status 1."""
     keep_freed_memory()
     try:
         main(args)
-    except USER_ERRORS as error:
-        # The processes of one machine meet the same error; the first of them speaks.
+    except UserError as error:
+        # All processes of a machine raise the same error; only the first one prints it.
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -4,11 +4,12 @@ Neither the number of workers, nor what was drawn before, nor an interruption ch
 what makes a resumed run end in the same weights as an undisturbed one.
 """
 
+import argparse
 import functools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,64 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from my_dataset import DriveDataset
-from src.photograph import prepare
+from src.colours import Normalization, prepare
+from transforms import get_transform
 
+from .command_line import UsageError
 from .distributed_utils import get_rank, get_world_size
+from .settings import evaluation_pixels
 
 
-def photograph_preparation(normalization: Mapping[str, Any]) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
-    """What `DriveDataset` is to do to each photograph, by `normalization`, `mean` and `std` of a run or checkpoint."""
-    if normalization.get("normalization", "dataset") == "dataset":
-        return None
-    return functools.partial(prepare, checkpoint=normalization)
+def open_photographs(
+    root: str, train: bool, transform: Callable, normalization: Normalization, val_split: int = 0
+) -> DriveDataset:
+    """Photographs with the colours that a model with this normalization is to see."""
+    prepared = None if normalization.kind == "dataset" else functools.partial(prepare, normalization=normalization)
+    return DriveDataset(root, train, transform, val_split=val_split, prepare=prepared)
+
+
+def open_datasets(args: argparse.Namespace, device: torch.device) -> tuple[DriveDataset, DriveDataset]:
+    """The photographs to train and to validate on, in the memory of `device` with `args.device_data`.
+
+    Raises:
+        DatasetError: files are missing or unusable.
+        UsageError: they do not fit into the device's memory.
+    """
+    normalization = Normalization(args.normalization, args.mean, args.std)
+    datasets = (
+        open_photographs(
+            args.data_path,
+            train,
+            get_transform(train, args.mean, args.std, args.base_size, args.crop_size, args.augmentation),
+            normalization,
+            args.val_split,
+        )
+        for train in (True, False)
+    )
+    try:
+        train_data, val_data = (data.to(device) if args.device_data else data for data in datasets)
+    except torch.OutOfMemoryError as error:
+        raise UsageError("--device-data: the photographs do not fit into the GPU's memory; leave it out") from error
+    return train_data, val_data
+
+
+def make_loaders(
+    train_data: DriveDataset, val_data: DriveDataset, device: torch.device, args: argparse.Namespace, *, drop_last: bool
+) -> tuple[DataLoader, DataLoader]:
+    """The loaders of both training scripts; `drop_last` leaves out the last batch of an epoch if it is not full."""
+    workers = default_workers(device, args.batch_size) if args.workers is None else args.workers
+    pin_memory = device.type == "cuda" and not args.device_data
+    train_loader = training_loader(
+        train_data,
+        args.batch_size,
+        workers,
+        args.seed,
+        drop_last=drop_last,
+        pin_memory=pin_memory,
+        steps=args.steps_per_epoch,
+    )
+    val_loader = evaluation_loader(val_data, workers, pin_memory=pin_memory, batch_pixels=evaluation_pixels(args))
+    return train_loader, val_loader
 
 
 def derive_seed(*numbers: int) -> int:

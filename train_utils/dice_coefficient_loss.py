@@ -1,7 +1,7 @@
 """Dice coefficient and Dice loss as pure functions.
 
 Source: F. Milletari, N. Navab, S.-A. Ahmadi, "V-Net", 3DV 2016, with plain (not squared) sums in the denominator.
-All of it is masked arithmetic on whole batches: boolean indexing would make a GPU wait for the host.
+Everything is masked arithmetic on whole batches, because boolean indexing would make the host wait for a GPU.
 """
 
 import torch

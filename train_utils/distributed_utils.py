@@ -1,6 +1,6 @@
-"""The process group, the ranks, and reductions over them.
+"""The process group, the ranks, and reductions over the processes.
 
-Everything here works in a single process too, where there is no group.
+Everything here also works in a single process without a group.
 """
 
 import argparse
@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from src.errors import UserError
 
-class DistributedError(RuntimeError):
+
+class DistributedError(UserError):
     """The processes cannot be joined as asked; the message names the flag or variable."""
 
 
@@ -38,7 +40,7 @@ def is_main_process() -> bool:
 
 
 def save_on_master(*args: Any, **kwargs: Any) -> None:
-    """`torch.save` in the main process, nothing in the others."""
+    """`torch.save` in the main process only."""
     if is_main_process():
         torch.save(*args, **kwargs)
 
@@ -49,10 +51,10 @@ def mkdir(path: str | Path) -> None:
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
-    """The sum of every process's `value`, on the device of this one's."""
+    """The sum of `value` over all processes, on the device of this process's `value`."""
     if not is_dist_avail_and_initialized():
         return value
-    # NCCL sums on GPUs alone; a process that had no work may still hold its zeros on the CPU.
+    # NCCL needs tensors on a GPU, but a process without work may still have its zeros on the CPU.
     total = value.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
     dist.all_reduce(total)
     return total.to(value.device)
@@ -67,9 +69,9 @@ def broadcast_object(value: Any) -> Any:
 
 
 def on_main_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in the main process alone; every process returns what it returned, or raises what it raised.
+    """Call a function in the main process; every process returns its result or raises its error.
 
-    An error in the main process alone would leave the others to die of a broken connection.
+    If only the main process raised the error, the others would fail with a broken connection.
     """
     result = error = None
     if is_main_process():
@@ -93,7 +95,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every process the main one's buffers (the running statistics of BatchNorm drift apart in training)."""
+    """Copy the main process's buffers to all processes: running statistics of BatchNorm differ after training."""
     if is_dist_avail_and_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
@@ -109,20 +111,20 @@ def _slurm_rank(args: argparse.Namespace) -> tuple[int, int, int]:
                 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) before srun'
             )
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        # Two jobs on one machine must not meet each other.
+        # Two jobs on one machine need different ports.
         os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
-        # A plain start in a shell of an allocation waits for tasks that srun would have started.
+        # Without srun, in the shell of an allocation, this process would wait for tasks that nobody started.
         if rank == 0:
             print(f"waiting for the {world_size} tasks that SLURM announces (start them with srun)", flush=True)
     return rank, world_size, local_rank
 
 
 def _agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
-    """A name for this start of the processes that none before it had.
+    """Agree on a name for this start of the processes that no earlier start had.
 
-    When torchrun restarts its processes, they meet at the same store as before, and it still holds the addresses of the
-    dead ones; a process that reads such an address waits forever. So each process asks under a name of its own, rank 0
-    answers whatever it finds asked with the name of the attempt, and those that are alive acknowledge it.
+    torchrun restarts its processes with the same store, which still holds the addresses of the killed ones. A process
+    that reads such an address waits forever. So each process asks under a new name of its own, rank 0 answers every
+    question with the name of this start, and the living processes confirm it.
     """
     own_name = uuid.uuid4().hex
     if rank > 0:
@@ -138,7 +140,7 @@ def _agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
 
 
 def init_distributed_mode(args: argparse.Namespace) -> None:
-    """Join the process group that torchrun or SLURM describes in the environment; started plainly, stay alone.
+    """Join the process group that torchrun or SLURM describes in the environment, if there is one.
 
     Sets `args.rank`, `args.world_size`, `args.gpu` (the local rank), `args.distributed` and `args.dist_backend`: NCCL
     where `args.device` is cuda and there is a GPU, else gloo.
@@ -160,7 +162,7 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
     use_cuda = args.device.startswith("cuda") and torch.cuda.is_available()
     args.rank, args.world_size, args.gpu = rank, world_size, local_rank
     args.dist_backend = "nccl" if use_cuda else "gloo"
-    # torchrun with one process is a group of one, so that NCCL is exercised on one GPU too.
+    # torchrun with one process makes a group of one, so that NCCL can be tested on one GPU.
     args.distributed = world_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
     if use_cuda:
         if local_rank >= torch.cuda.device_count():

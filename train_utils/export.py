@@ -10,18 +10,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from src.errors import UserError
+
 from .checkpoint import load_model
 from .files import replace_whole
 
 NEEDED = ("onnx", "onnxscript")
 
 
-class ExportError(RuntimeError):
+class ExportError(UserError):
     """A model cannot be exported; the message says what to do."""
 
 
 class _Logits(nn.Module):
-    """A model with its logits alone as the result."""
+    """A model that returns its logits without the dict."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -34,9 +36,9 @@ class _Logits(nn.Module):
 def export_onnx(weights: str | Path, path: str | Path) -> None:
     """Write a model as ONNX: `image` float32 [batch, C, height, width] -> `logits` [batch, num_classes, height, width].
 
-    The number of images and their size (32 pixels and more) are free. The image is to be normalised: the metadata of
-    the file hold, as JSON, the `mean` and `std` of the channels in [0, 1], the `normalization` (unless it is
-    "dataset", `src.photograph.prepare` brings photographs to these first), and the `model_args`.
+    Batch size, height and width (from 32 pixels) are free. The image must be normalised. The metadata of the file hold
+    as JSON: `mean` and `std` of the channels in [0, 1], `normalization` and `model_args`. Unless `normalization` is
+    "dataset", apply `src.colours.prepare` to photographs first.
 
     Args:
         weights: the file of weights.
@@ -51,10 +53,10 @@ def export_onnx(weights: str | Path, path: str | Path) -> None:
     if missing:
         raise ExportError(f"--export: needs what is not installed here; pip install {' '.join(missing)}")
     model, checkpoint = load_model(weights, torch.device("cpu"))
-    # Odd sides that differ stand for any; equal ones could be taken for one and the same.
+    # Different odd sides, because the exporter could treat equal sides as one variable.
     image = torch.zeros(2, checkpoint["model_args"].get("in_channels", 3), 99, 85)
     free = torch.export.Dim.DYNAMIC
-    # The exporter reports each of its steps, and warns of what is out of date in itself.
+    # The exporter prints each of its steps and warns about its own deprecated parts.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

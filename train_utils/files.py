@@ -1,14 +1,18 @@
 """Files that are written whole or not at all."""
 
+import csv
+import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from src.errors import UserError
 
 
-class OutputError(OSError):
+class OutputError(UserError):
     """A file or folder cannot be written; the message names it."""
 
 
@@ -18,9 +22,9 @@ def _reason(error: OSError) -> str:
 
 @contextmanager
 def replace_whole(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file beside `path` for writing; it takes the name `path` once it is complete and on the disk.
+    """Open a temporary file beside `path` for writing; it replaces `path` once it is complete and on the disk.
 
-    Whatever goes wrong in between, a file that stood at `path` before stays as it was.
+    If anything fails before that, an earlier file at `path` stays unchanged.
 
     Raises:
         OutputError: the file cannot be written (no such folder, no permission, disk full).
@@ -40,8 +44,22 @@ def replace_whole(path: str | Path) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
+def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table with a header, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(columns))
+    writer.writeheader()
+    writer.writerows(rows)
+    with replace_whole(path) as file:
+        file.write(text.getvalue().encode())
+
+
 def create_new(path: str | Path) -> bool:
-    """Create an empty file; return False where there is one already.
+    """Create an empty file; return False if it exists.
 
     Raises:
         OutputError: it cannot be created.
@@ -56,7 +74,7 @@ def create_new(path: str | Path) -> bool:
 
 
 def make_output_folder(path: str | Path, flag: str) -> Path:
-    """Make a folder, and make sure now, not after an hour of training, that files can be written in it.
+    """Make a folder and check that files can be written in it, before hours of training depend on it.
 
     Raises:
         OutputError: it cannot be made or written; the message names `flag`.

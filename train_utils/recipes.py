@@ -1,4 +1,4 @@
-"""Named sets of hyper-parameters: what `--recipe` sets. Every one is the default of a flag, which still wins."""
+"""Recipes: named sets of defaults for flags, chosen by `--recipe`. Flags on the command line override them."""
 
 from typing import Any
 

@@ -1,11 +1,11 @@
-"""A made-up DRIVE: fundus photographs drawn from a seed, with exact labels, for the demo and the tests.
+"""A synthetic DRIVE: fundus photographs drawn from a seed, with exact labels, for the demo and the tests.
 
 A photograph is a round field of view with an optic disc, a macula, uneven light, a branching tree of vessels and a few
-lesions. Light, macula and lesions make any threshold of the green channel a poor segmentation, while the vessels
-themselves stay clear of the noise, so that a small U-Net learns them within a minute or two.
+lesions. Light, macula and lesions make any threshold of the green channel a poor segmentation. The vessels stand out
+from the noise, so that a small U-Net learns them within a minute or two.
 
-Lengths in the code are in "units": pixels of the real DRIVE, whose field of view is 540 wide. Pictures of other sizes
-are the same retina scaled, except that no vessel gets thinner than a pixel.
+Lengths in the code are in "units": pixels of the real DRIVE, whose field of view is 540 pixels wide. Other picture
+sizes scale the same retina, but no vessel is thinner than a pixel.
 """
 
 import heapq
@@ -20,14 +20,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SUPERSAMPLING = 4  # sub-pixels along each side of a pixel while vessels are drawn
-SMALLEST_SIDE = 32
+SMALLEST_DRAWN = 32
 
 
 def _per_channel(red: float, green: float, blue: float) -> np.ndarray:
     return np.array([red, green, blue], np.float32)[:, None, None]  # [3, 1, 1], for images [3, H, W]
 
 
-# Red, green, blue in [0, 1]. Contrast is the share of light lost in the middle of the widest vein.
+# Red, green, blue in [0, 1]. VESSEL_CONTRAST is the share of light lost in the middle of the widest vein.
 FUNDUS_COLOUR = _per_channel(0.84, 0.457, 0.268)
 DISC_GLOW = _per_channel(0.22, 0.33, 0.20)
 MACULA_CONTRAST = _per_channel(0.20, 0.34, 0.26)
@@ -39,7 +39,7 @@ SENSOR_NOISE = _per_channel(0.016, 0.018, 0.020)
 
 @dataclass(frozen=True)
 class Retina:
-    """Where things lie in one photograph. Points are (x, y) in pixels; a pixel reaches from its index to index + 1."""
+    """The layout of one photograph. Points are (x, y) in pixels. A pixel reaches from its index to index + 1."""
 
     width: int
     height: int
@@ -59,20 +59,20 @@ class Retina:
 
 @dataclass(frozen=True)
 class Sprout:
-    """The start of a vessel that is still to grow. Angles in radians: 0 is temporal, positive is downwards."""
+    """The start of a vessel before it grows. Angles are in radians: 0 is temporal, positive is downwards."""
 
     start: np.ndarray  # (x, y), pixels
     heading: float
-    towards: float  # the heading that it bends to ...
-    turn: float  # ... and over which length it does so, units
+    towards: float  # the final heading
+    turn: float  # length over which the heading changes, units
     width: float  # units
     vein: bool
-    free: float  # length over which it may touch vessels of its kind (it leaves one of them), units
+    free: float  # length over which it may touch vessels of its kind, as it starts at one, units
 
 
 @dataclass(frozen=True)
 class Vessel:
-    """A grown vessel: its centre line [n, 2] and width [n], both in pixels, and how dark it is [n], in [0, 1]."""
+    """A grown vessel: its centre line [n, 2] and width [n] in pixels, and its darkness [n] in [0, 1]."""
 
     line: np.ndarray
     width: np.ndarray
@@ -82,16 +82,16 @@ class Vessel:
 def write_synthetic_drive(
     root: str | Path, training: int = 20, test: int = 20, width: int = 565, height: int = 584, seed: int = 0
 ) -> Path:
-    """Write `root/DRIVE` with made-up photographs under the official names, and return `root`.
+    """Write `root/DRIVE` with synthetic photographs under the official names, and return `root`.
 
     Args:
-        root: folder that gets the folder `DRIVE`; made if missing.
+        root: folder for the folder `DRIVE`; made if missing.
         training, test: number of photographs of each part, numbered from 21 and from 01.
         width, height: size of the photographs in pixels, at least 32 each.
-        seed: a photograph depends on the seed, its part, its number and its size alone.
+        seed: a photograph depends only on the seed, its part, its number and its size.
 
     Raises:
-        FileExistsError: `root/DRIVE` exists; whether it can be used is for the caller to say.
+        FileExistsError: `root/DRIVE` exists.
         ValueError: a picture smaller than 32 x 32.
     """
     root = Path(root)
@@ -100,7 +100,7 @@ def write_synthetic_drive(
         raise FileExistsError(f"{target} exists already: remove it or name another folder for the synthetic DRIVE")
     _check_size(width, height)
     root.mkdir(parents=True, exist_ok=True)
-    # An interrupted call leaves at most a hidden folder behind: the name DRIVE appears only once everything is written.
+    # The name DRIVE appears only when everything is written. An interrupted call leaves at most a hidden folder.
     with tempfile.TemporaryDirectory(dir=root, prefix=".synthetic_drive_") as scratch:
         unfinished = Path(scratch) / "DRIVE"
         for part, (name, first, count) in enumerate((("training", 21, training), ("test", 1, test))):
@@ -134,13 +134,13 @@ def synthetic_photograph(
 
 
 def second_observer(vessels: np.ndarray, field_of_view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What another person might mark, bool [H, W]: some thin twigs missed, borders off by a pixel here and there."""
+    """The vessels as another observer might mark them, bool [H, W]: some are missed, some borders off by a pixel."""
     height, width = vessels.shape
     cell = max(3.0, min(height, width) / 20)
     opened = _as_mask(vessels).filter(ImageFilter.MinFilter(3)).filter(ImageFilter.MaxFilter(3))
     thin = vessels & (np.array(opened) == 0)
     seen = vessels & ~(thin & (_smooth_field(height, width, cell, rng) > 0.7))
-    # Whole stretches are drawn a pixel beside their place, and in other stretches a pixel too wide.
+    # Some regions are shifted by a pixel, others are a pixel too wide.
     shift_x, shift_y = (np.trunc(_smooth_field(height, width, cell, rng) / 1.3).clip(-1, 1).astype(int) for _ in "xy")
     rows = (np.arange(height)[:, None] + shift_y).clip(0, height - 1)
     columns = (np.arange(width)[None, :] + shift_x).clip(0, width - 1)
@@ -149,9 +149,9 @@ def second_observer(vessels: np.ndarray, field_of_view: np.ndarray, rng: np.rand
 
 
 def _check_size(width: int, height: int) -> None:
-    if min(width, height) < SMALLEST_SIDE:
+    if min(width, height) < SMALLEST_DRAWN:
         raise ValueError(
-            f"a synthetic photograph of {width} x {height} pixels is too small: each side needs {SMALLEST_SIDE}"
+            f"a synthetic photograph of {width} x {height} pixels is too small: each side needs {SMALLEST_DRAWN}"
         )
 
 
@@ -162,7 +162,7 @@ def _write_photograph(folder: Path, part: str, number: int, width: int, height: 
     if part == "test":
         masks[f"2nd_manual/{number:02d}_manual2.gif"] = second_observer(vessels, field_of_view, rng)
     for name, mask in masks.items():
-        # Optimising would shrink the palette to the two values and so store 0 and 1 instead of 0 and 255.
+        # With `optimize`, Pillow would reduce the palette to two values and store 0 and 1, not 0 and 255.
         _as_mask(mask).save(folder / name, optimize=False)
 
 
@@ -171,7 +171,7 @@ def _as_mask(mask: np.ndarray) -> Image.Image:
 
 
 def _smooth_field(height: int, width: int, cell: float, rng: np.random.Generator) -> np.ndarray:
-    """Random hills and valleys about `cell` pixels wide, mean 0 and standard deviation 1, float32 [H, W]."""
+    """Smooth noise with features about `cell` pixels wide, mean 0 and standard deviation 1, float32 [H, W]."""
     coarse_size = math.ceil(height / cell) + 1, math.ceil(width / cell) + 1
     coarse = Image.fromarray(rng.standard_normal(coarse_size, dtype=np.float32))
     field = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
@@ -181,7 +181,7 @@ def _smooth_field(height: int, width: int, cell: float, rng: np.random.Generator
 def _lay_out(width: int, height: int, rng: np.random.Generator) -> Retina:
     radius = 270 / 565 * min(width, height)
     unit = radius / 270
-    free = np.minimum(np.array([width, height]) / 2 - radius, 10 * unit)  # the round field of view is never cut off
+    free = np.minimum(np.array([width, height]) / 2 - radius, 10 * unit)  # so that the field of view is never cut off
     centre = np.array([width, height]) / 2 + rng.uniform(-0.8, 0.8, 2) * free
     temporal = rng.choice([-1.0, 1.0])
     disc = centre + radius * np.array([-temporal * rng.uniform(0.62, 0.76), rng.uniform(-0.12, 0.08)])
@@ -193,7 +193,7 @@ def _lay_out(width: int, height: int, rng: np.random.Generator) -> Retina:
 
 
 def _trunks(retina: Retina, rng: np.random.Generator) -> Iterator[Sprout]:
-    """The vessels that leave the disc: per half of the eye an arcade around the macula and a nasal pair, and twigs."""
+    """The vessels that start at the disc: in each half of the eye an arcade and a nasal pair, and three thin ones."""
     for half, vein in itertools.product((-1, 1), (True, False)):
         if vein:
             arcade, wide, nasal, narrow = rng.uniform((50, 6.2, 112, 3.6), (62, 7.0, 128, 4.8))
@@ -212,15 +212,15 @@ def _trunks(retina: Retina, rng: np.random.Generator) -> Iterator[Sprout]:
 
 
 def _grow_tree(retina: Retina, rng: np.random.Generator) -> list[Vessel]:
-    """Grow vessels, the widest first, until they cover the share of the field of view drawn for this photograph.
+    """Grow vessels, the widest first, until they cover a random share of the field of view.
 
-    Vessels of one kind stop where they meet their own kind, as they do in an eye; veins and arteries may cross.
+    As in an eye, a vein stops at other veins and an artery at other arteries. Veins and arteries may cross.
     """
     wanted = rng.uniform(0.115, 0.145) * math.pi * retina.radius**2
     cell = max(8 * retina.unit, 3.0)
     shape = math.ceil(retina.height / cell) + 1, math.ceil(retina.width / cell) + 1
     occupied = {True: np.zeros(shape, bool), False: np.zeros(shape, bool)}
-    order = itertools.count()  # settles ties between equal widths, since sprouts themselves do not compare
+    order = itertools.count()  # orders vessels of equal width, because sprouts do not compare
     waiting = [(-sprout.width, next(order), sprout) for sprout in _trunks(retina, rng)]
     heapq.heapify(waiting)
     tree: list[Vessel] = []
@@ -230,7 +230,7 @@ def _grow_tree(retina: Retina, rng: np.random.Generator) -> list[Vessel]:
         line, width, heading = _centre_line(sprout, retina, rng)
         cells = tuple((line[:, ::-1] / cell).astype(int).clip(0, np.array(shape) - 1).T)
         length = _free_length(line, occupied[sprout.vein][cells], sprout, retina)
-        shortest = max(14, 16 * sprout.width) * retina.unit  # a wide vessel that stops at once looks cut off
+        shortest = max(14, 16 * sprout.width) * retina.unit  # a short wide vessel would look cut off
         if length * _step(retina) < shortest or length < 3:
             continue
         occupied[sprout.vein][cells[0][:length], cells[1][:length]] = True
@@ -248,7 +248,7 @@ def _step(retina: Retina) -> float:
 
 
 def _centre_line(sprout: Sprout, retina: Retina, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The way a vessel would take if nothing stopped it: points [n, 2] in pixels, width [n] in units, heading [n]."""
+    """The path of a vessel that nothing stops: points [n, 2] in pixels, width [n] in units, heading [n]."""
     step = _step(retina)
     length = 62 * sprout.width**1.1 * rng.uniform(0.75, 1.3)
     along = np.arange(0, length, step / retina.unit)  # units
@@ -263,7 +263,7 @@ def _centre_line(sprout: Sprout, retina: Retina, rng: np.random.Generator) -> tu
 
 
 def _free_length(line: np.ndarray, occupied: np.ndarray, sprout: Sprout, retina: Retina) -> int:
-    """Number of points before a vessel leaves the field of view, reaches the fovea or meets its own kind."""
+    """Number of points before a vessel leaves the field of view, or reaches the fovea or a vessel of its kind."""
     occupied = occupied.copy()
     occupied[: math.ceil(sprout.free * retina.unit / _step(retina)) + 1] = False
     outside = np.hypot(*(line - retina.centre).T) > retina.radius
@@ -273,10 +273,10 @@ def _free_length(line: np.ndarray, occupied: np.ndarray, sprout: Sprout, retina:
 
 
 def _vessel(line: np.ndarray, width: np.ndarray, sprout: Sprout, retina: Retina) -> Vessel:
-    if np.hypot(*(line[-1] - retina.centre)) < 0.98 * retina.radius:  # it ends in sight, and so in a point
+    if np.hypot(*(line[-1] - retina.centre)) < 0.98 * retina.radius:  # it ends inside the field of view: taper it
         remaining = np.arange(len(line) - 1, -1, -1) * _step(retina) / retina.unit
         width = np.minimum(width, 1 + 0.1 * remaining)
-    strength = 0.6 + 0.4 * np.clip((width - 1) / 4, 0, 1)  # thin vessels hold less blood and look fainter
+    strength = 0.6 + 0.4 * np.clip((width - 1) / 4, 0, 1)  # thin vessels have less contrast
     return Vessel(line, np.maximum(width * retina.unit, 1.0), strength if sprout.vein else 0.8 * strength)
 
 
@@ -289,7 +289,7 @@ def _children(
     retina: Retina,
     rng: np.random.Generator,
 ) -> Iterator[Sprout]:
-    """Side branches on alternating sides, and a fork where the vessel ended of itself."""
+    """Side branches on alternating sides, and a fork at the end if nothing stopped the vessel."""
     step = _step(retina) / retina.unit  # units
     side = rng.choice([-1.0, 1.0])
     place = parent.free + rng.uniform(0, 25)
@@ -314,13 +314,13 @@ def _rasterise(tree: list[Vessel], width: int, height: int) -> tuple[np.ndarray,
     for vessel in tree:
         ahead = np.gradient(vessel.line, axis=0)
         across = ahead[:, ::-1] * (-1, 1) / np.linalg.norm(ahead, axis=1, keepdims=True)
-        # ImageDraw fills the sub-pixels under an outline as well: one sub-pixel more than the width asked for.
+        # ImageDraw also fills the sub-pixels under the outline, so it draws one sub-pixel more than the width.
         across *= (vessel.width[:, None] - 1 / SUPERSAMPLING) / 2
         left, right = vessel.line + across, vessel.line - across
         quads.append(np.concatenate([left[:-1], left[1:], right[1:], right[:-1]], axis=1))  # [n - 1, 8]
         widths.append(vessel.width[:-1])
         strengths.append(vessel.strength[:-1])
-    order = np.argsort(np.concatenate(widths), kind="stable")  # wide vessels over the beginnings of their branches
+    order = np.argsort(np.concatenate(widths), kind="stable")  # wide vessels cover the starts of their branches
     corners = (np.concatenate(quads)[order] * SUPERSAMPLING - 0.5).tolist()
     fills = np.rint(np.concatenate(strengths)[order] * 255).astype(int).tolist()
     canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
@@ -332,7 +332,7 @@ def _rasterise(tree: list[Vessel], width: int, height: int) -> tuple[np.ndarray,
     return coverage, opacity
 
 
-# ---- what is not vessel
+# ---- the background
 
 
 def _background(retina: Retina, from_centre: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -356,7 +356,7 @@ def _background(retina: Retina, from_centre: np.ndarray, rng: np.random.Generato
 
 
 def _light(retina: Retina, from_centre: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness relative to the middle of a photograph, float32 [H, W]: lamp, pigment and the vessels underneath."""
+    """Brightness relative to the middle of a photograph, float32 [H, W]: illumination and pigment."""
     size = retina.height, retina.width
     hot_spot = retina.centre + rng.uniform(-0.4, 0.4, 2) * retina.radius
     light = 1 - rng.uniform(0.14, 0.24) * (retina.distance(hot_spot) / retina.radius) ** 2
@@ -367,7 +367,7 @@ def _light(retina: Retina, from_centre: np.ndarray, rng: np.random.Generator) ->
 
 
 def _spots(retina: Retina, count: int, smallest: float, largest: float, rng: np.random.Generator) -> np.ndarray:
-    """Roundish soft spots, strength in [0, 1], float32 [H, W]; radii in units."""
+    """Soft, nearly round spots, strength in [0, 1], float32 [H, W]; radii in units."""
     layer = Image.new("L", (retina.width, retina.height))
     draw = ImageDraw.Draw(layer)
     for _ in range(count):

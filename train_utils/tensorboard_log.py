@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from .command_line import UsageError
-from .logger import Row, flatten_row
+from .results import Row, flatten_row
 
 
 class TensorBoardLog:
-    """Writes a run's rows below `folder` as they come.
+    """Writes each row of a run below `folder`.
 
-    A resumed run goes on with `first_epoch`; what an interrupted one wrote of that epoch or later ones is discarded.
+    A resumed run starts at `first_epoch` and discards the rows that the earlier run wrote from that epoch on.
 
     Raises:
         UsageError: the package tensorboard is not installed.
@@ -28,4 +28,4 @@ class TensorBoardLog:
         for name, value in flatten_row(row).items():
             if name != "epoch":
                 self.writer.add_scalar(name, value, row["epoch"])
-        self.writer.flush()  # so that an interrupted run leaves every finished epoch
+        self.writer.flush()  # so that an interrupted run keeps every finished epoch

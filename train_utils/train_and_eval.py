@@ -12,24 +12,25 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from my_dataset import OUTSIDE
+from src.errors import UserError
 from src.inference import for_inference
-from transforms import IGNORE_INDEX
 
 from .dice_coefficient_loss import build_target, dice_loss, multiclass_dice_coeff
 from .distributed_utils import sum_over_processes
 from .logger import MetricLogger, SmoothedValue
-from .metrics import ConfusionMatrix, DiceCoefficient
+from .scoring.counts import ConfusionMatrix, DiceCoefficient
 
-# Steps between looks at a loss on a GPU, which make the host wait for it, and then it for the host.
+# Steps between two checks of the loss on a GPU. Each check makes the host wait for the GPU.
 STEPS_UNCHECKED = 100
 
 
-class NonFiniteLossError(ArithmeticError):
+class NonFiniteLossError(UserError):
     """The training loss became NaN or infinite."""
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """Weighted mean cross-entropy of the pixels that are not ignored; 0, not NaN, where all of them are."""
+    """Weighted mean cross-entropy of the pixels that are not ignored; 0, not NaN, if all are ignored."""
     total = F.cross_entropy(logits, target, weight=weight, ignore_index=ignore_index, reduction="sum")
     counted = target != ignore_index
     if weight is None:
@@ -56,7 +57,7 @@ def criterion(
 
     Args:
         inputs: logits [N, num_classes, h, w] under "out", and under "aux" where the model has a second head.
-        target: labels [N, H, W], int64; unpadded convolutions give fewer logits, which stand for the label's centre.
+        target: labels [N, H, W], int64. Smaller logits (of unpadded convolutions) are compared with its centre.
         loss_weight: weights [num_classes] of the classes in the cross-entropy.
         num_classes: classes, background included.
         dice: whether to add the Dice loss (over all classes).
@@ -64,7 +65,7 @@ def criterion(
         foreground_dice: leave the background out of the Dice loss.
 
     Returns:
-        the loss of "out"; where there is an "aux", plus half of its loss.
+        the loss of "out", plus half the loss of "aux" where there is one.
     """
 
     def loss(logits: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def criterion(
 
 
 def _require_finite(loss: SmoothedValue, epoch: int, step: int) -> None:
-    # The sum over the epoch so far is non-finite if any step's loss was; every process must come to the same verdict.
+    # The epoch's sum is non-finite if any step's loss was. All processes sum up, so that all of them stop.
     total = sum_over_processes(torch.tensor(float(loss.total)))
     if not math.isfinite(total.item()):
         raise NonFiniteLossError(
@@ -108,18 +109,17 @@ def train_one_epoch(
     foreground_dice: bool = False,
     averaged: AveragedModel | None = None,
 ) -> tuple[float, float]:
-    """Train on every batch once; the scheduler steps after each.
+    """Train on every batch once; the scheduler steps after each batch.
 
-    Autocast is used where `scaler` or `amp_dtype` is given, the loss scaler where `scaler` is.
-    The cross-entropy weighs the two classes by [1, `vessel_weight`], more than two alike; `foreground_dice` is
-    `criterion`'s. `averaged` takes in the weights after each step.
+    Autocast is on if `scaler` or `amp_dtype` is given. The cross-entropy weights two classes by [1, `vessel_weight`],
+    and more than two classes equally. `foreground_dice` is passed to `criterion`. Each step updates `averaged`.
 
     Returns:
         the mean loss over all steps (and processes), the last learning rate.
 
     Raises:
-        NonFiniteLossError: a loss was NaN or infinite; noticed in every process at once, at the next progress line (on
-            a GPU after some hundred steps, or at the end).
+        NonFiniteLossError: a loss was NaN or infinite. All processes raise it together, at the next progress line (on a
+            GPU: at the next of the checks every STEPS_UNCHECKED steps, or at the end).
     """
     model.train()
     metric_logger = MetricLogger(delimiter="  ")
@@ -134,15 +134,10 @@ def train_one_epoch(
         target = target.to(device, non_blocking=True)  # [N, H, W]
         with torch.autocast(device.type, dtype=amp_dtype, enabled=scaler is not None or amp_dtype is not None):
             outputs = model(image)
-        # In float32: sums over hundreds of thousands of pixels overflow half precision.
+        # In float32, because sums over hundreds of thousands of pixels overflow half precision.
         logits = {name: output.float() for name, output in outputs.items()}
         loss = criterion(
-            logits,
-            target,
-            loss_weight,
-            num_classes=num_classes,
-            ignore_index=IGNORE_INDEX,
-            foreground_dice=foreground_dice,
+            logits, target, loss_weight, num_classes=num_classes, ignore_index=OUTSIDE, foreground_dice=foreground_dice
         )
 
         optimizer.zero_grad()
@@ -176,24 +171,24 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     per_photograph: bool = False,
 ) -> tuple[ConfusionMatrix, float]:
-    """Score a model on every photograph of a loader, and of the other processes' loaders.
+    """Score a model on every photograph of the loaders of all processes.
 
-    Autocast is used where `amp_dtype` is given.
+    Autocast is on if `amp_dtype` is given.
 
     Returns:
-        the confusion matrix over all pixels inside the field of view, and the mean over batches of the foreground
-        Dice of the argmax prediction; with `per_photograph` the mean over photographs, whatever the batches (which
-        must not be padded then).
+        the confusion matrix over all pixels inside the field of view, and the foreground Dice of the argmax prediction.
+        The Dice is the mean over batches; with `per_photograph` it is the mean over photographs, and batches must not
+        be padded.
     """
     model.eval()
-    quick_model = for_inference(model, amp=amp_dtype is not None)
+    fast_model = for_inference(model, amp=amp_dtype is not None)
     confusion_matrix = ConfusionMatrix(num_classes)
-    dice = DiceCoefficient(num_classes, ignore_index=IGNORE_INDEX)
+    dice = DiceCoefficient(num_classes, ignore_index=OUTSIDE)
     metric_logger = MetricLogger(delimiter="  ")
     for image, target in metric_logger.log_every(data_loader, 100, "Test:"):
         image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            logits = quick_model(image)["out"]
+            logits = fast_model(image)["out"]
         confusion_matrix.update(target.flatten(), logits.argmax(1).flatten())
         dice.update(logits, target, weight=len(image) if per_photograph else 1)
     confusion_matrix.reduce_from_all_processes()
@@ -210,14 +205,14 @@ def create_lr_scheduler(
     warmup_factor: float = 1e-3,
     last_epoch: int = -1,
 ) -> LambdaLR:
-    """Linear warm-up, then a polynomial decay of power 0.9 to zero, a step at a time.
+    """Linear warm-up, then a polynomial decay of power 0.9 to zero; it steps after every batch.
 
     Args:
         optimizer: its learning rates are the peak.
         num_step: steps in an epoch.
         epochs: epochs of the whole run, warm-up included.
         warmup: whether to warm up.
-        warmup_epochs: epochs that the warm-up takes.
+        warmup_epochs: length of the warm-up, epochs.
         warmup_factor: the factor of the first step.
         last_epoch: one less than the number of steps already done, as in PyTorch's schedulers.
     """
@@ -229,7 +224,7 @@ def create_lr_scheduler(
         if warmup and step <= warmup_steps:
             alpha = step / warmup_steps if warmup_steps else 1.0
             return warmup_factor * (1 - alpha) + alpha
-        # Past the last step (a resumed run with fewer epochs) the base would be negative and its power complex.
+        # A run resumed with fewer epochs may be past the last step. A negative base would give a complex power.
         remaining = 1 - (step - warmup_steps) / decay_steps if decay_steps > 0 else 0.0
         return max(remaining, 0.0) ** 0.9
 
@@ -239,8 +234,8 @@ def create_lr_scheduler(
 def create_one_cycle_scheduler(optimizer: Optimizer, steps: int, last_epoch: int = -1) -> LambdaLR:
     """One cycle of the learning rate: from 1/25 of the peak up to it in 3/10 of the steps, then down to nearly zero.
 
-    Both ways along half a cosine, as torch's OneCycleLR; but it can start at any step. Source: L. N. Smith, N. Topin,
-    "Super-convergence", 2018.
+    Both parts follow half a cosine. The rates are those of torch's OneCycleLR; this scheduler can start at any step.
+    Source: L. N. Smith, N. Topin, "Super-convergence", 2018.
 
     Args:
         optimizer: its learning rates are the peak.
@@ -249,13 +244,13 @@ def create_one_cycle_scheduler(optimizer: Optimizer, steps: int, last_epoch: int
     """
     assert steps > 0
     start, end = 1 / 25, 1e-4 / 25
-    peak = max(0.3 * steps - 1, 1e-9)
+    peak = 0.3 * steps - 1  # below 0 for up to three steps, which only go down
 
     def factor(step: int) -> float:
         if step <= peak:
             low, distance = start, 1 - step / peak
         else:
-            low, distance = end, min((step - peak) / max(steps - 1 - peak, 1e-9), 1.0)
+            low, distance = end, min((step - peak) / (steps - 1 - peak), 1.0)
         return low + (1 - low) * (1 + math.cos(math.pi * distance)) / 2
 
     return LambdaLR(optimizer, lr_lambda=factor, last_epoch=last_epoch)

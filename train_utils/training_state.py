@@ -1,4 +1,4 @@
-"""All that a run must remember from one epoch to the next, and how it comes back from a checkpoint."""
+"""The state of a run between epochs, and its restoration from a checkpoint."""
 
 import argparse
 import copy
@@ -13,52 +13,34 @@ from my_dataset import DRIVE_FOV_DIAMETER
 
 from .checkpoint import LAST_MODEL, Checkpoint, CheckpointError, load_checkpoint, load_weights
 from .distributed_utils import is_main_process, on_main_process
-from .logger import ResultsFiles, Row
-from .recipes import RECIPES
-from .speed import amp_dtype
+from .flags import default_flags
+from .results import ResultsFiles, Row
+from .settings import amp_dtype
 from .train_and_eval import create_lr_scheduler, create_one_cycle_scheduler
 
-# Flags that change the numbers of a run, but that earlier checkpoints, and the tutorial's, do not name: those runs did
-# as the tutorial does.
-NEWER_SETTINGS = (
-    "schedule",
-    "steps_per_epoch",
-    "ema_decay",
-    "augmentation",
-    "normalization",
-    "vessel_weight",
-    "dice_loss",
-)
-
-# Flags that change the numbers of a run: where a resumed run has others than its checkpoint, it says so.
-SETTINGS = (
-    "batch_size",
-    "epochs",
-    "lr",
-    "momentum",
-    "weight_decay",
-    "amp",
-    "amp_dtype",
-    "device_data",
-    "seed",
-    "base_size",
-    "crop_size",
-    "val_split",
-    "mean",
-    "std",
-    "sync_bn",
-    "world_size",
-    *NEWER_SETTINGS,
+# Flags that may differ from those of the checkpoint without a report: they change no number of a run, or are checked
+# elsewhere. A resumed run reports every other flag that changed.
+UNREPORTED = frozenset(
+    (
+        # paths, processes and output
+        *("data_path", "output_dir", "device", "gpu", "rank", "dist_url", "dist_backend", "distributed"),
+        *("print_freq", "tensorboard", "save_best", "test_only", "demo", "resume", "start_epoch"),
+        # speed
+        *("workers", "channels_last", "compile"),
+        # scoring after training
+        *("threshold", "tta"),
+        # defaults of other flags; another model or optimizer is refused
+        *("recipe", "arch", "base_c", "num_classes", "backbone_weights", "optimizer"),
+    )
 )
 
 
 class TrainingState:
     """Model, optimizer, schedule, loss scaler, the epoch to come, the best Dice so far (None: unknown), the results.
 
-    With `args.ema_decay`, `averaged` holds the exponential moving average of the weights, which is the model that is
-    evaluated and saved.
-
-    Nothing random is in it: what an epoch draws follows from the seed and its number (see data_loading.py).
+    With `args.ema_decay`, `averaged` holds the exponential moving average of the weights. That model is then evaluated
+    and saved. The state holds no random generator: an epoch's random numbers follow from the seed and its number (see
+    data_loading.py).
     """
 
     def __init__(
@@ -71,6 +53,7 @@ class TrainingState:
         fov_diameter: float = DRIVE_FOV_DIAMETER,
     ) -> None:
         self.model = model
+        self.device = device
         self.selected_on = selected_on  # the photographs that the best epoch is chosen on, in words
         self.fov_diameter = fov_diameter  # of the training photographs, pixels
         self.steps_per_epoch = steps_per_epoch
@@ -79,13 +62,13 @@ class TrainingState:
         self.optimizer = _make_optimizer(model, args)
         self.scaler = _make_scaler(args, device)
         self.epoch = args.start_epoch
-        self.best_dice: float | None = -1.0  # so that the first epoch is always an improvement
+        self.best_dice: float | None = -1.0  # the first epoch is always an improvement
         self.results = ResultsFiles()
         self.saved_in: str | None = None  # the file that holds the state before the epoch to come
         self._start_schedule()
 
     def _start_schedule(self) -> None:
-        # The position follows from the epoch, not from a stored step: other epochs or batch sizes than before fit in.
+        # The position follows from the epoch, not from a stored step, so --epochs and --batch-size may change.
         for group in self.optimizer.param_groups:
             group["initial_lr"] = self.args.lr
         last_step = self.epoch * self.steps_per_epoch - 1
@@ -112,7 +95,7 @@ class TrainingState:
         return improved
 
     def checkpoint(self) -> Checkpoint:
-        """The state after the last finished epoch, as tensors and plain values, which later epochs do not change."""
+        """The state after the last finished epoch, as a copy that later epochs do not change."""
         state = {
             "model": self.evaluated_model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -137,7 +120,7 @@ class TrainingState:
         return _copy_on_host(state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on after the epoch that a checkpoint ends with; the flags win over the settings stored in it."""
+        """Continue after the last epoch of a checkpoint; the flags take precedence over its settings."""
         args = self.args
         optimizer = checkpoint["args"].get("optimizer", "sgd")
         if optimizer != args.optimizer:
@@ -148,15 +131,13 @@ class TrainingState:
         load_weights(self.model, checkpoint | {"model": checkpoint.get("training_model", checkpoint["model"])})
         if self.averaged is not None:
             load_weights(self.averaged.module, checkpoint)
-            self.averaged.n_averaged.fill_(1)  # so that the next step's weights do not replace the average
+            self.averaged.n_averaged.fill_(1)  # at 0 the next step would replace the average
         self._restore_optimizer(checkpoint["optimizer"])
         if self.scaler is not None and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"] + 1
-        if args.tta is None:
-            args.tta = checkpoint.get("tta")
         self.saved_in = checkpoint["path"]
-        # A Dice on other photographs is no measure for the epochs to come.
+        # A Dice on other photographs cannot be compared with the epochs to come.
         same_photographs = checkpoint.get("selected_on", self.selected_on) == self.selected_on
         self.best_dice = checkpoint.get("best_dice") if same_photographs else None
         self.results.resume(checkpoint.get("results"), checkpoint.get("history", []))
@@ -167,22 +148,22 @@ class TrainingState:
         settings = {"weight_decay": self.args.weight_decay, "fused": self.optimizer.defaults["fused"]}
         if self.args.optimizer == "sgd":
             settings["momentum"] = self.args.momentum
-        # `fused` before the rest is loaded: it decides on which device AdamW counts its steps.
+        # `fused` must be set before loading: it decides on which device AdamW counts its steps.
         groups = [{**group, **settings} for group in saved["param_groups"]]
         self.optimizer.load_state_dict({**saved, "param_groups": groups})
-        # Fused kernels take the memory format of a weight for that of its state, which comes as the run before had it.
+        # Fused kernels need the state in the memory format of its weight, but it was saved in that of the earlier run.
         for parameter, state in self.optimizer.state.items():
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     state[name] = torch.empty_like(parameter).copy_(value)
 
-    def _report_changes(self, before: dict) -> None:
-        now = vars(self.args)
-        before = {name: RECIPES["tutorial"][name] for name in NEWER_SETTINGS} | before
+    def _report_changes(self, before: dict[str, Any]) -> None:
+        # Flags that the file does not name had their defaults: the run is older than the flag, or the tutorial's.
+        before = default_flags() | before
         changed = [
-            f"{name} {before[name]} -> {now[name]}"
-            for name in SETTINGS
-            if name in before and name in now and before[name] != now[name]
+            f"{name} {before[name]} -> {value}"
+            for name, value in vars(self.args).items()
+            if name not in UNREPORTED and name in before and before[name] != value
         ]
         if changed and is_main_process():
             print(
@@ -194,15 +175,15 @@ def _copy_on_host(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to("cpu", copy=True)
     if isinstance(value, dict):
-        copied = copy.copy(value)  # with what a state dict holds besides its items
+        copied = copy.copy(value)  # keeps the attributes of a state dict
         copied.update((name, _copy_on_host(item)) for name, item in value.items())
         return copied
     return [_copy_on_host(item) for item in value] if isinstance(value, list) else value
 
 
 def _make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    # One kernel for all the weights, which looks for itself whether to leave out a step of mixed precision that
-    # overflowed: no wait for the GPU. On a CPU it gains nothing.
+    # A fused kernel skips an overflowed step of mixed precision by itself, so the host does not wait for the GPU. On a
+    # CPU it is not faster.
     fused = next(model.parameters()).is_cuda or None
     common = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": fused}
     if args.optimizer == "adamw":
@@ -220,12 +201,12 @@ def _make_scaler(args: argparse.Namespace, device: torch.device) -> torch.amp.Gr
 
 
 def load_to_resume(args: argparse.Namespace) -> Checkpoint | None:
-    """The checkpoint that `--resume` asks for: a file, or with `auto` the newest whole one in `--output-dir`, if any.
+    """The checkpoint that `--resume` names; with `auto`, the newest undamaged one in `--output-dir`, if any.
 
-    The main process alone reads it: the other machines of a run may not see the file.
+    Only the main process reads it, because the other machines of a run may not have the file.
 
     Raises:
-        CheckpointError: the file that is named cannot be resumed from.
+        CheckpointError: training cannot continue from the named file.
     """
     if not args.resume:
         return None
@@ -245,7 +226,7 @@ def _load(path: Path) -> Checkpoint:
 
 def _newest_checkpoint(folder: Path) -> Checkpoint | None:
     newest_first = sorted(folder.glob("*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    # Every epoch ends with writing LAST_MODEL; the others matter in a folder that the tutorial wrote.
+    # Every epoch here ends with writing LAST_MODEL. The other names matter in a folder that the tutorial wrote.
     for path in sorted(newest_first, key=lambda path: path.name != LAST_MODEL):
         try:
             return _load(path)

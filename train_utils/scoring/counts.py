@@ -1,21 +1,21 @@
 """Scores of segmentations, accumulated over batches and summed over processes.
 
-No update waits for the device: boolean indexing and `bincount` would, masked arithmetic and `scatter_add_` do not.
+Updates use masked arithmetic and `scatter_add_`, because boolean indexing and `bincount` wait for the device.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
-from .dice_coefficient_loss import build_target, multiclass_dice_coeff
-from .distributed_utils import sum_over_processes
+from ..dice_coefficient_loss import build_target, multiclass_dice_coeff
+from ..distributed_utils import sum_over_processes
 
 
 def format_scores(global_accuracy: float, recall: Sequence[float], iou: Sequence[float]) -> str:
-    """The tutorial's four lines: shares of 1, written in percent with one decimal."""
+    """The tutorial's four lines, in percent with one decimal, from values in [0, 1]."""
 
     def percent(values: Sequence[float]) -> list[str]:
         return [f"{100 * value:.1f}" for value in values]
@@ -42,12 +42,12 @@ class ConfusionMatrix:
         """Count pixels.
 
         Args:
-            target: true classes [pixels], int64; pixels with another value than 0 .. num_classes - 1 are left out.
+            target: true classes [pixels], int64. Values outside 0 .. num_classes - 1 are not counted.
             prediction: predicted classes [pixels], int64.
         """
         n = self.num_classes
         inside = (target >= 0) & (target < n)
-        # Pixels that are left out go to a cell of their own, past the end of the matrix.
+        # Pixels that do not count go to an extra cell behind the matrix.
         cells = torch.where(inside, n * target + prediction, n * n)
         counts = torch.zeros(n * n + 1, dtype=torch.int64, device=target.device)
         counts.scatter_add_(0, cells, torch.ones_like(cells))
@@ -56,8 +56,7 @@ class ConfusionMatrix:
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Global accuracy (scalar), recall [num_classes] and IoU [num_classes], float64 in [0, 1].
 
-        NaN stands for a quotient without pixels: the recall of a class that never occurs in the truth, the IoU of one
-        that occurs neither in the truth nor in the prediction.
+        The recall of a class is NaN if the truth lacks it. The IoU is NaN if truth and prediction both lack it.
         """
         mat = self.mat.cpu().double()
         correct = mat.diagonal()
@@ -87,7 +86,7 @@ class DiceCoefficient:
         self.count = torch.zeros((), dtype=torch.int64)
 
     def update(self, logits: Tensor, target: Tensor, weight: int = 1) -> None:
-        """Add one batch: logits [N, num_classes, H, W], labels [N, H, W] int64; it counts as `weight` of them."""
+        """Add a batch: logits [N, num_classes, H, W], labels [N, H, W] int64. It counts as `weight` batches."""
         prediction = build_target(logits.argmax(dim=1), self.num_classes)  # one-hot [N, num_classes, H, W]
         truth = build_target(target, self.num_classes, self.ignore_index)
         dice = multiclass_dice_coeff(prediction[:, 1:], truth[:, 1:], ignore_index=self.ignore_index)
@@ -106,7 +105,7 @@ class DiceCoefficient:
 
 @dataclass(frozen=True)
 class PixelCounts:
-    """Pixels of a yes/no segmentation against the truth; counts of several pictures add up.
+    """Pixel counts of a binary segmentation against the truth; counts of several pictures can be added.
 
     A score whose quotient is 0 / 0 is NaN ("undefined"): sensitivity without a vessel in the truth, specificity without
     background, precision without a predicted vessel, accuracy and MCC without a pixel. Two exceptions: Dice and IoU are
@@ -121,38 +120,33 @@ class PixelCounts:
 
     @classmethod
     def of(cls, prediction: Tensor, truth: Tensor) -> "PixelCounts":
-        """Count predicted vessels (bool, any shape) against labels of that shape: 0, 1, anything else is left out."""
+        """Compare predicted vessels (bool, any shape) with labels of that shape; only the labels 0 and 1 count."""
         vessel, background = truth == 1, truth == 0
         counts = [prediction & vessel, prediction & background, ~prediction & vessel, ~prediction & background]
         return cls(*torch.stack([count.sum() for count in counts]).tolist())
 
     def __add__(self, other: "PixelCounts") -> "PixelCounts":
-        return PixelCounts(
-            self.true_positives + other.true_positives,
-            self.false_positives + other.false_positives,
-            self.false_negatives + other.false_negatives,
-            self.true_negatives + other.true_negatives,
-        )
+        return PixelCounts(*(sum(both) for both in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def accuracy(self) -> float:
-        """Share of the pixels that are right."""
+        """Share of the pixels that are classified correctly."""
         right = self.true_positives + self.true_negatives
         return _quotient(right, right + self.false_positives + self.false_negatives)
 
     @property
     def sensitivity(self) -> float:
-        """Share of the true vessel that is found; also called recall."""
+        """Share of the true vessels that is found; also called recall."""
         return _quotient(self.true_positives, self.true_positives + self.false_negatives)
 
     @property
     def specificity(self) -> float:
-        """Share of the true background that is left alone."""
+        """Share of the true background that is predicted as background."""
         return _quotient(self.true_negatives, self.true_negatives + self.false_positives)
 
     @property
     def precision(self) -> float:
-        """Share of the predicted vessel that is true."""
+        """Share of the predicted vessels that is true."""
         return _quotient(self.true_positives, self.true_positives + self.false_positives)
 
     @property
@@ -183,23 +177,22 @@ def _quotient(numerator: float, denominator: float, undefined: float = math.nan)
 def vessel_log_odds(logits: Tensor) -> Tensor:
     """log(p / (1 - p)) of the probability p of class 1 under softmax: logits [N, C, H, W] -> float32 [N, H, W].
 
-    Unlike p itself, which rounds to 1 from a log-odds of 17 on, it still tells confident pixels apart. With two
-    classes it is positive exactly where the argmax is 1.
+    p itself rounds to 1 above a log-odds of 17; the log-odds still rank confident pixels. With two classes it is
+    positive exactly where the argmax is 1.
     """
     logits = logits.float()
     return logits[:, 1] - torch.cat([logits[:, :1], logits[:, 2:]], dim=1).logsumexp(dim=1)
 
 
 class ProbabilityHistogram:
-    """How often each probability of a vessel occurs in the true background (row 0) and the true vessels (row 1).
+    """Histograms of the vessel probability in the true background (row 0) and the true vessels (row 1).
 
-    ROC-AUC, average precision and the best threshold follow from it. It takes 16 MiB however many photographs are
-    counted, and histograms add up over processes.
+    ROC-AUC, average precision and the best threshold follow from them. They take 16 MiB for any number of photographs,
+    and can be added over processes.
 
-    The bins are those of the log-odds' float32 pattern without its last 12 bits: each sign and power of two is cut into
-    2048 equal bins. They are fine wherever the values lie (sure or unsure, a wide range or a tiny one), so that values
-    share a bin only where they differ by less than 0.05 %; these count as ties. (A network whose log-odds all lie
-    within a few thousandths of one value would be ranked coarsely.) `counts` is int64 [2, BINS].
+    A bin is the bit pattern of the float32 log-odds without its last 12 bits: each sign and power of two has 2048 equal
+    bins. So the resolution is relative: values share a bin, and count as ties, only if they differ by less than 0.05 %.
+    (If all log-odds lie within a few thousandths of one value, the ranking is coarse.) `counts` is int64 [2, BINS].
     """
 
     DROPPED_BITS = 12
@@ -212,8 +205,8 @@ class ProbabilityHistogram:
         """Count pixels.
 
         Args:
-            log_odds: of the probability of a vessel, float32 of any shape; minus infinity for a sure background.
-            truth: labels of that shape: 0, 1, anything else is left out.
+            log_odds: of the vessel probability, float32 of any shape; minus infinity for a probability of 0.
+            truth: labels of that shape; only 0 and 1 count.
         """
         log_odds, truth = log_odds.flatten().float(), truth.flatten()
         self.counts = self.counts.to(truth.device)
@@ -223,9 +216,9 @@ class ProbabilityHistogram:
 
     @classmethod
     def _bins(cls, log_odds: Tensor) -> Tensor:
-        # Read as integers, positive floats are in order and negative ones in reverse. The signs are turned so that a
-        # bin holds its upper edge and not its lower one: "above 0.5" then is a whole number of bins.
-        pattern = (0.0 - log_odds).view(torch.int32)  # 0.0 - x, since -x would make two different zeros
+        # Read as integers, positive floats are in ascending order and negative ones in descending order. The sign is
+        # flipped so that a bin contains its upper edge, not its lower one: "above 0.5" is then a whole number of bins.
+        pattern = (0.0 - log_odds).view(torch.int32)  # 0.0 - x, because -x would give two different zeros
         ordered = torch.where(pattern < 0, pattern ^ 0x7FFFFFFF, pattern)
         return cls.BINS // 2 - 1 - (ordered >> cls.DROPPED_BITS).long()
 
@@ -239,36 +232,33 @@ class ProbabilityHistogram:
         self.counts = sum_over_processes(self.counts)
 
     def _from_the_top(self) -> tuple[Tensor, Tensor]:
-        """Background and vessels at or above each bin, from the highest bin down, float64 [BINS] each."""
+        """Counts of background and vessels at or above each bin, from the highest bin down, float64 [BINS] each."""
         background, vessels = self.counts.cpu().flip(1).cumsum(1).double()
         return background, vessels
 
     def roc_auc(self) -> float:
-        """Area under the ROC curve: the chance that a vessel pixel is rated above a background pixel, ties half.
+        """Area under the ROC curve: the chance that a vessel pixel ranks above a background pixel; ties count half.
 
-        NaN where the truth holds one class alone.
+        NaN if the truth contains only one class.
         """
         background, vessels = self._from_the_top()
         area = torch.trapezoid(vessels, background).item() + (vessels[0] * background[0]).item() / 2
         return _quotient(area, (vessels[-1] * background[-1]).item())
 
     def average_precision(self) -> float:
-        """The mean of the precision over the steps in recall, as scikit-learn defines it; NaN without a vessel.
-
-        A constant probability gives the share of vessels.
-        """
+        """The mean of the precision over the steps in recall, as scikit-learn defines it; NaN without a vessel."""
         background, vessels = self._from_the_top()
         precision = vessels / (vessels + background).clamp(min=1)
         found = self.counts[1].cpu().flip(0).double()
         return _quotient((found * precision).sum().item(), vessels[-1].item())
 
     def best_threshold(self) -> float:
-        """The probability in [0.001, 0.999] above which to call a pixel a vessel for the best Dice over all pixels.
+        """The threshold in [0.001, 0.999] that gives the best Dice over all pixels.
 
-        Of equally good ones, the nearest to 0.5; so it is 0.5 where nothing, or no vessel, was counted.
+        Of equally good thresholds it is the one nearest to 0.5; without any vessel it is 0.5.
         """
         background, vessels = self._from_the_top()
-        # Everything above bin b is called a vessel; nothing is above the highest one.
+        # Everything above bin b is predicted as a vessel. Nothing is above the highest bin.
         predicted = (background + vessels).flip(0).roll(-1)
         hits = vessels.flip(0).roll(-1)
         predicted[-1] = hits[-1] = 0

@@ -4,8 +4,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train_utils import pictures
-from train_utils.pictures import FALSE_ALARM, HIT, MISS, PANEL, SheetRow, contact_sheet, curves, error_map, sheet_row
+from train_utils.scoring.contact_sheet import (
+    BACKGROUND_COLOUR,
+    CAPTION,
+    FALSE_ALARM,
+    GAP,
+    HIT,
+    MISS,
+    OUTSIDE_COLOUR,
+    PANEL,
+    SheetRow,
+    contact_sheet,
+    error_map,
+    sheet_row,
+)
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 
@@ -31,7 +43,7 @@ def lab(colour, vision):
 
 @pytest.mark.parametrize("vision", VISION)
 def test_everybody_can_tell_the_colours_apart(vision):
-    colours = [HIT, FALSE_ALARM, MISS, pictures.BACKGROUND]
+    colours = [HIT, FALSE_ALARM, MISS, BACKGROUND_COLOUR]
     seen = [lab(colour, np.array(VISION[vision])) for colour in colours]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 40
 
@@ -40,7 +52,7 @@ def test_error_map():
     truth = np.array([[1, 0, 1, 0, 1]], bool)
     prediction = np.array([[1, 1, 0, 0, 0]], bool)
     inside = np.array([[1, 1, 1, 1, 0]], bool)
-    expected = [HIT, FALSE_ALARM, MISS, pictures.BACKGROUND, pictures.OUTSIDE]
+    expected = [HIT, FALSE_ALARM, MISS, BACKGROUND_COLOUR, OUTSIDE_COLOUR]
     assert error_map(truth, prediction, inside).tolist() == [[list(colour) for colour in expected]]
 
 
@@ -55,11 +67,11 @@ def test_panels_in_order():
 
     def at(panel, x, y):
         """The colour in the middle of a quarter of the panel; its picture is PANEL wide."""
-        column = panel * (PANEL + pictures.GAP) + PANEL * (1 + 2 * x) / 4
+        column = panel * (PANEL + GAP) + PANEL * (1 + 2 * x) / 4
         row = PANEL / 2 + (2 * y - 1) / 4 * PANEL * height / width
         return strip.getpixel((int(column), int(row)))
 
-    assert strip.size == (4 * PANEL + 3 * pictures.GAP, PANEL)
+    assert strip.size == (4 * PANEL + 3 * GAP, PANEL)
     assert {at(0, x, y) for x in (0, 1) for y in (0, 1)} == {RED}
     assert [at(1, 0, 0), at(1, 1, 0)] == [(255, 255, 255), (0, 0, 0)]
     assert [at(2, 0, 0), at(2, 0, 1)] == [(255, 255, 255), (0, 0, 0)]
@@ -75,55 +87,16 @@ def test_photographs_of_drive_keep_their_size():
 
 
 def plain_row(name, dice, colour):
-    return SheetRow(name, dice, Image.new("RGB", (4 * PANEL + 3 * pictures.GAP, PANEL), colour))
+    return SheetRow(name, dice, Image.new("RGB", (4 * PANEL + 3 * GAP, PANEL), colour))
 
 
 def test_sheet():
     rows = [plain_row("a very long name of a photograph_test", 0.1, RED), plain_row("b", 0.2, BLUE)]
     sheet = np.array(contact_sheet(rows, 2, "heading"))
-    assert sheet.shape[1] == rows[0].strip.width + 2 * pictures.GAP + pictures.CAPTION
-    column = sheet[:, pictures.GAP + pictures.CAPTION + PANEL // 2]
+    assert sheet.shape[1] == rows[0].strip.width + 2 * GAP + CAPTION
+    column = sheet[:, GAP + CAPTION + PANEL // 2]
     red, blue = (np.flatnonzero((column == colour).all(1)) for colour in (RED, BLUE))
     assert len(red) == len(blue) == PANEL and red.max() < blue.min()
-    caption = sheet[red.min() : red.max(), : pictures.CAPTION + pictures.GAP]
+    caption = sheet[red.min() : red.max(), : CAPTION + GAP]
     assert (caption < 100).any()  # something is written
     assert (caption[:, -6:] == 255).all()  # and does not run into the panels
-
-
-def history(epochs):
-    return [
-        {
-            "epoch": epoch,
-            "train_loss": 1 / (1 + epoch),
-            "lr": 0.01 - 0.001 * epoch,
-            "dice": 0.8 - 0.01 * (epoch - 4) ** 2,
-        }
-        for epoch in epochs
-    ]
-
-
-@pytest.mark.parametrize("epochs", [range(8), range(3, 5), range(1)])
-def test_curves(epochs):
-    picture = curves(history(epochs), "test")
-    assert picture.size == (pictures.CURVES_WIDTH, 3 * pictures.CURVE_HEIGHT + 30)
-    blue = (np.array(picture) == pictures.CURVE).all(2)
-    for chart in range(3):
-        assert blue[chart * pictures.CURVE_HEIGHT : (chart + 1) * pictures.CURVE_HEIGHT].any()
-
-
-def test_curves_mark_the_best_epoch():
-    blue = (np.array(curves(history(range(9)), "test")) == pictures.CURVE).all(2)[2 * pictures.CURVE_HEIGHT :]
-    rows, columns = np.nonzero(blue)
-    left, right = pictures.MARGIN_LEFT, pictures.CURVES_WIDTH - pictures.MARGIN_RIGHT
-    dot = [np.count_nonzero(columns == left + int((right - left) * epoch / 8)) for epoch in (1, 4, 7)]
-    assert dot[1] > dot[0] and dot[1] > dot[2]
-
-
-@pytest.mark.parametrize(
-    "low, high", [(0, 0), (0.8, 0.8), (0, 0.01), (-1, 1), (0.123, 17.2), (1e-9, 2e-9), (0.81, 0.812)]
-)
-def test_axes_reach_over_the_values(low, high):
-    ticks, place = pictures._value_axis(low, high, 100, 0)
-    assert 3 <= len(ticks) <= 9
-    assert ticks[0] <= low + 1e-6 * abs(low) and high - 1e-6 * abs(high) <= ticks[-1]
-    assert place(ticks[0]) == pytest.approx(100) and place(ticks[-1]) == pytest.approx(0, abs=1e-6)

@@ -1,4 +1,4 @@
-"""clDice: how well the centre lines of the vessels, and so their connections, agree.
+"""clDice: the agreement of the vessels' centre lines, and so of their connections.
 
 Source: S. Shit et al., "clDice - a Novel Topology-Preserving Loss Function for Tubular Structure Segmentation",
 CVPR 2021. The paper leaves the skeleton of a yes/no mask open (its soft skeleton is a stand-in that has a gradient).
@@ -14,7 +14,7 @@ NEIGHBOURS = ((0, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0), (1, 0), (0, 0))
 
 
 def _deletable() -> np.ndarray:
-    """Whether a pixel goes, by sub-iteration (0, 1) and by its neighbours (bit i: the i-th is set), bool [2, 256]."""
+    """Whether to delete a pixel, by sub-iteration (0, 1) and neighbours (bit i: the i-th is set), bool [2, 256]."""
     set_bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
     north, north_east, east, south_east, south, south_west, west, north_west = set_bits.astype(bool).T
     components = sum(
@@ -40,7 +40,7 @@ DELETABLE = _deletable()
 
 
 def skeletonize(mask: np.ndarray) -> np.ndarray:
-    """Thin a mask, bool [H, W], to lines of one pixel; components and holes stay as many as they are."""
+    """Thin a mask, bool [H, W], to lines of one pixel; the numbers of components and holes stay the same."""
     height, width = mask.shape
     padded = np.pad(mask, 1).astype(np.uint8)
     inner = padded[1:-1, 1:-1]
@@ -65,7 +65,7 @@ def cl_dice(prediction: np.ndarray, truth: np.ndarray) -> float:
         prediction, truth: vessels, bool [H, W].
 
     Returns:
-        in [0, 1]; 0 where one of the two holds no vessel, 1 where neither does (as Dice).
+        in [0, 1]; 0 if only one of the two has vessels, 1 if neither has (as for Dice).
     """
     if not prediction.any() or not truth.any():
         return 0.0 if prediction.any() or truth.any() else 1.0

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from train_utils.metrics import PixelCounts, ProbabilityHistogram, vessel_log_odds
+from train_utils.scoring.counts import PixelCounts, ProbabilityHistogram, vessel_log_odds
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 

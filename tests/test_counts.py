@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from train_utils import ConfusionMatrix, DiceCoefficient
+from train_utils.scoring.counts import ConfusionMatrix, DiceCoefficient
 
 
 def test_confusion_matrix_counts_rows_as_truth_and_leaves_others_out():

@@ -15,20 +15,30 @@ from tests.conftest import SMALL_RUN
 from tests.processes import in_processes
 from tests.test_resume import interrupt_in
 from tests.test_train_multi_GPU import assert_same_state
-from train_utils import create_lr_scheduler, evaluate, fit, load_checkpoint, logger, metrics, train_and_eval
+from train_utils import create_lr_scheduler, evaluate, fit, load_checkpoint, logger, train_and_eval
 from train_utils.command_line import UsageError, run_script
-from train_utils.data_loading import SeededDataset, evaluation_loader, training_loader
-from train_utils.speed import amp_dtype, evaluation_pixels, place_photographs, settle_speed
+from train_utils.data_loading import SeededDataset, evaluation_loader, open_datasets, training_loader
+from train_utils.scoring.counts import DiceCoefficient
+from train_utils.settings import amp_dtype, evaluation_pixels, settle
 from train_utils.synthetic_drive import write_synthetic_drive
+from train_utils.training_state import TrainingState
 from transforms import AUGMENTATIONS, get_transform
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)  # settling a flag needs no GPU
+CPU, META = torch.device("cpu"), torch.device("meta")
+CUDA = torch.device("cuda", 0)  # settling a flag needs no GPU
 
 
-def settled(device, *flags):
-    args = train.parse_args(flags)
-    settle_speed(args, device)
-    return args
+@pytest.fixture
+def settled(shared_drive, monkeypatch):
+    """Settle train.py's flags for a device, with so many bytes free on the GPU."""
+
+    def settle_flags(device, *flags, free=10**9):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+        args = train.parse_args(["--data-path", str(shared_drive), *flags])
+        settle(args, device)
+        return args
+
+    return settle_flags
 
 
 def run(data, *flags):
@@ -58,12 +68,12 @@ def assert_same_but_for_rounding(first, second):
         (["--amp", "--amp-dtype", "float16"], torch.float16),
     ],
 )
-def test_precision_on_a_gpu(flags, dtype, capsys):
+def test_precision_on_a_gpu(settled, flags, dtype, capsys):
     assert amp_dtype(settled(CUDA, *flags)) is dtype
     assert capsys.readouterr().out == ""
 
 
-def test_precision_on_a_cpu(capsys):
+def test_precision_on_a_cpu(settled, capsys):
     assert amp_dtype(settled(CPU)) is None
     assert capsys.readouterr().out == ""
     assert amp_dtype(settled(CPU, "--amp")) is torch.bfloat16
@@ -83,13 +93,13 @@ def test_wrong_precision(shared_drive, working_directory, capsys):
         assert message in error and error.count("\n") == 1
 
 
-def test_loss_scaling_is_for_float16_alone():
+def test_loss_scaling_is_for_float16_alone(settled):
     for flags, scaled in ((["--amp"], True), (["--amp", "--amp-dtype", "bfloat16"], False), ([], False)):
-        state = fit.TrainingState(train.create_model(base_c=2), CPU, 1, settled(CUDA, *flags))
+        state = TrainingState(train.create_model(base_c=2), CPU, 1, settled(CUDA, *flags))
         assert (state.scaler is not None) == scaled
 
 
-def test_memory_format_by_device(monkeypatch):
+def test_memory_format_by_device(settled, monkeypatch):
     for capability, default in (("AVX512", True), ("AVX512_VNNI", True), ("AVX2", False), ("DEFAULT", False)):
         cpu_capability(monkeypatch, capability)
         assert settled(CPU).channels_last is default
@@ -98,27 +108,77 @@ def test_memory_format_by_device(monkeypatch):
     assert settled(CUDA).channels_last is False and settled(CUDA, "--amp").channels_last is True
 
 
-def test_photographs_go_to_a_gpu_where_they_fit(shared_drive, monkeypatch):
-    datasets = fit.open_datasets(train.parse_args(["--data-path", str(shared_drive)]))
-    size = sum(dataset.nbytes for dataset in datasets)
-    assert size == 10 * 80 * 72 * 4  # 6 + 4 photographs, three colours and a label
-    moved = []
-    monkeypatch.setattr(fit.DriveDataset, "to", lambda self, device: moved.append(device) or self)
+def test_photographs_go_to_a_gpu_where_they_fit(settled):
+    size = 10 * 80 * 72 * 4  # 6 + 4 photographs, three colours and a label
     for device, free, flags, expected in (
         (CUDA, 4 * size, [], True),
         (CUDA, 4 * size - 4, [], False),
+        (CUDA, 4 * size * 6 // 10, ["--val-split", "2"], True),  # the test photographs are not opened then
+        (CUDA, 4 * size * 6 // 10 - 4, ["--val-split", "2"], False),
         (CUDA, 0, ["--device-data"], True),
         (CUDA, 4 * size, ["--no-device-data"], False),
         (CPU, 4 * size, [], False),
         (CPU, 0, ["--device-data"], True),
     ):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * free))
-        args = train.parse_args(["-j", "3", *flags])
-        moved.clear()
-        place_photographs(datasets, device, args)
+        args = settled(device, "-j", "3", *flags, free=free)
         assert args.device_data is expected
-        assert moved == ([device, device] if expected else [])
         assert args.workers == (0 if expected else 3)
+
+
+@pytest.mark.parametrize("device_data", [True, False])
+def test_photographs_are_opened_where_they_were_settled_to_be(settled, device_data):
+    args = settled(CPU, "--device-data" if device_data else "--no-device-data")
+    for data, count in zip(open_datasets(args, META), (6, 4), strict=True):
+        assert len(data) == count
+        assert [image.device for image, _ in data.on_device] == ([META] * count if device_data else [])
+
+
+def test_photographs_that_do_not_fit_after_all(settled, monkeypatch):
+    def full(self, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DriveDataset, "to", full)
+    with pytest.raises(UsageError, match="^--device-data: the photographs do not fit into the GPU's memory"):
+        open_datasets(settled(CPU, "--device-data"), CPU)
+
+
+@pytest.mark.parametrize("flags", [[], ["--device-data"], ["--amp"], ["--val-split", "2"], ["--tta", "-j", "0"]])
+def test_nothing_that_can_be_settled_is_left_open(settled, flags):
+    for device in (CPU, CUDA):
+        args = vars(settled(device, *flags))
+        left_open = {name for name, value in args.items() if value is None}
+        # Without them: no mixed precision, each photograph once an epoch, no backbone; flips as the weights say.
+        assert left_open <= {"amp_dtype", "steps_per_epoch", "backbone_weights", "tta", "workers"}
+        assert (args["amp_dtype"] is None) == (not args["amp"]) and (args["tta"] is None) == ("--tta" not in flags)
+
+
+def test_settling_twice_changes_nothing(settled):
+    args = settled(CPU, "--amp", "--device-data")
+    before = vars(args).copy()
+    settle(args, CPU)
+    assert vars(args) == before
+
+
+def test_flips_are_settled_by_the_checkpoint_unless_asked_for(shared_drive):
+    for flags, stored, expected in (([], True, True), ([], False, False), (["--no-tta"], True, False)):
+        args = train.parse_args(["--data-path", str(shared_drive), *flags])
+        settle(args, CPU, {"tta": stored})
+        assert args.tta is expected
+
+
+@pytest.mark.parametrize("script", [train, train_multi_GPU])
+def test_after_settling_the_flags_are_only_read(shared_drive, working_directory, monkeypatch, script):
+    kept = []
+
+    def remember(args, *others):
+        settle(args, *others)
+        kept.append((args, vars(args).copy()))
+
+    monkeypatch.setattr(script, "settle", remember)
+    flags = ["--data-path", str(shared_drive), *SMALL_RUN, "--epochs", "1", "--threshold", "auto", "--amp"]
+    script.main(script.parse_args([*flags, "--val-split", "2", "-j", "0"]))
+    ((args, before),) = kept
+    assert vars(args) == before
 
 
 def test_pixels_of_an_evaluation_batch():
@@ -156,7 +216,7 @@ def test_compiled_training_is_training(shared_drive, working_directory):
     assert_same_but_for_rounding(run(shared_drive, *flags, "--compile"), run(shared_drive, *flags))
 
 
-def test_without_a_compiler(monkeypatch):
+def test_without_a_compiler(settled, monkeypatch):
     def broken(function):
         raise RuntimeError("no compiler found\nand much more")
 
@@ -314,7 +374,9 @@ def test_two_processes(shared_drive, tmp_path, flags):
 
 
 def dataset_of_a_run(folder):
-    return fit.open_datasets(train.parse_args(["--data-path", str(folder), *SMALL_RUN]))[1]
+    args = train.parse_args(["--data-path", str(folder), *SMALL_RUN])
+    settle(args, CPU)
+    return open_datasets(args, CPU)[1]
 
 
 # ---- no waiting for a GPU: tensors on the "meta" device have no values that could be read
@@ -336,9 +398,6 @@ class HostCopies(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-META = torch.device("meta")
-
-
 @pytest.fixture
 def without_values(monkeypatch):
     """Leave out what may wait: the end of an epoch, where its results are read."""
@@ -347,7 +406,7 @@ def without_values(monkeypatch):
     monkeypatch.setattr(logger, "is_main_process", lambda: False)
     monkeypatch.setattr(logger.SmoothedValue, "global_avg", 0.0)
     monkeypatch.setattr(logger.MetricLogger, "synchronize_between_processes", lambda self: None)
-    monkeypatch.setattr(metrics.DiceCoefficient, "value", torch.zeros(()))
+    monkeypatch.setattr(DiceCoefficient, "value", torch.zeros(()))
 
 
 @pytest.mark.parametrize("augmentation", list(AUGMENTATIONS))

@@ -16,12 +16,12 @@ from my_dataset import OUTSIDE, DatasetError, DriveDataset, read_binary_mask
 from src.inference import for_inference
 from src.segment import FLIPS
 
-from .connectedness import cl_dice
-from .data_loading import evaluation_loader
-from .distributed_utils import gather_objects
-from .logger import MetricLogger
-from .metrics import ConfusionMatrix, DiceCoefficient, PixelCounts, ProbabilityHistogram, vessel_log_odds
-from .pictures import SHEET_ROWS, SheetRow, sheet_row
+from ..data_loading import evaluation_loader
+from ..distributed_utils import gather_objects
+from ..logger import MetricLogger
+from .centre_lines import cl_dice
+from .contact_sheet import SHEET_ROWS, SheetRow, sheet_row
+from .counts import ConfusionMatrix, DiceCoefficient, PixelCounts, ProbabilityHistogram, vessel_log_odds
 
 
 @dataclass(frozen=True)

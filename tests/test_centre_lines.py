@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train_utils.connectedness import cl_dice, skeletonize
+from train_utils.scoring.centre_lines import cl_dice, skeletonize
 
 
 def components(mask, diagonal):

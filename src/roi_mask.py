@@ -1,0 +1,52 @@
+"""The choice of a photograph's field of view: a given ROI mask, one beside the photograph, or the photograph itself."""
+
+from pathlib import Path
+
+import numpy as np
+
+from .field_of_view import field_of_view_diameter, find_field_of_view
+from .masks import read_binary_mask
+from .photograph import PhotographError, list_photographs
+
+
+def require_roi_mask(choice: str | None) -> None:
+    if choice not in (None, "auto", "none") and not Path(choice).exists():
+        raise PhotographError(f"--roi-mask {choice}: no such file or folder; give one, or auto, or none")
+
+
+def choose_field_of_view(path: Path, photograph: np.ndarray, choice: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Where vessels count in a photograph, by the flag --roi-mask, and where its retina is: bool [H, W] both."""
+    mask_path = roi_mask_path(path, choice)
+    if mask_path is None:
+        found = find_field_of_view(photograph)
+        # Without a mask every pixel counts, but the scale and the colours still follow from the retina.
+        return np.ones_like(found) if choice == "none" else found, found
+    field_of_view = read_binary_mask(mask_path)
+    (height, width), (mask_height, mask_width) = photograph.shape[:2], field_of_view.shape
+    if (height, width) != (mask_height, mask_width):
+        raise PhotographError(
+            f"--roi-mask {mask_path}: is {mask_width} x {mask_height} pixels, but its photograph {path} is "
+            f"{width} x {height}; they must match (--roi-mask auto does without)"
+        )
+    if not field_of_view.any():
+        raise PhotographError(f"--roi-mask {mask_path}: is black everywhere; the field of view must be white")
+    # A mask that is small in its frame may cover a part of the retina only. Scale and colours need the whole of it.
+    small = field_of_view_diameter(field_of_view) < 0.8 * min(height, width)
+    return field_of_view, find_field_of_view(photograph) | field_of_view if small else field_of_view
+
+
+def roi_mask_path(path: Path, choice: str | None) -> Path | None:
+    """The file of a photograph's ROI mask; None where its field of view is to be found in itself."""
+    if choice in ("auto", "none"):
+        return None
+    if choice is None:
+        beside = path.parent.parent / "mask" / f"{path.stem}_mask.gif"  # as in DRIVE
+        return beside if beside.is_file() else None
+    if Path(choice).is_file():
+        return Path(choice)
+    stems = path.stem, f"{path.stem}_mask"
+    matches = [file for file in list_photographs([choice]) if file.stem in stems]
+    if len(matches) != 1:
+        found = "both " + " and ".join(map(str, matches[:2])) if matches else "no such file"
+        raise PhotographError(f"--roi-mask {choice}: needs one {stems[0]}.* or {stems[1]}.* for {path}, has {found}")
+    return matches[0]

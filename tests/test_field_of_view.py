@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from src.field_of_view import field_of_view_diameter, find_field_of_view
+from src.masks import read_binary_mask
+from src.photograph import read_photograph
+from train_utils.synthetic_drive import synthetic_photograph
+
+
+def disc(height, width, diameter, centre=None):
+    y, x = np.indices((height, width)) + 0.5
+    centre_y, centre_x = centre or (height / 2, width / 2)
+    return (y - centre_y) ** 2 + (x - centre_x) ** 2 <= (diameter / 2) ** 2
+
+
+def overlap(a, b):
+    """Intersection over union."""
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_diameter():
+    assert field_of_view_diameter(disc(120, 130, 100)) == 100
+    assert field_of_view_diameter(disc(60, 130, 100)) == 100  # cut off at the top and bottom
+    assert field_of_view_diameter(disc(130, 60, 100)) == 100
+    specks = disc(400, 400, 300)
+    specks[2, 3] = specks[390:392, 390] = True
+    assert abs(field_of_view_diameter(specks) - 300) <= 2
+    assert field_of_view_diameter(np.zeros((20, 20), bool)) == 0
+
+
+@pytest.mark.parametrize("size", [(565, 584), (200, 180), (64, 64), (1600, 1200)])
+def test_synthetic_photographs(size):
+    photograph, _, truth = synthetic_photograph(*size, np.random.default_rng(3))
+    found = find_field_of_view(photograph)
+    assert found.dtype == bool and found.shape == truth.shape
+    assert overlap(found, truth) > (0.985 if min(size) > 100 else 0.96)
+    assert field_of_view_diameter(found) == pytest.approx(field_of_view_diameter(truth), rel=0.02, abs=2)
+
+
+@pytest.fixture(scope="module")
+def synthetic():
+    return [synthetic_photograph(360, 340, np.random.default_rng(seed)) for seed in range(4)]
+
+
+def framed(photograph, truth, colour, noise=2):
+    """The photograph with another border."""
+    around = np.random.default_rng(0).normal(colour, noise, photograph.shape).clip(0, 255).astype(np.uint8)
+    return np.where(truth[..., None], photograph, around)
+
+
+@pytest.mark.parametrize(
+    "colour", [(0, 0, 0), (12, 10, 8), (255, 255, 255), (128, 128, 128), (0, 0, 160), (30, 90, 40), (250, 240, 225)]
+)
+def test_borders_of_any_colour(synthetic, colour):
+    for photograph, _, truth in synthetic:
+        assert overlap(find_field_of_view(framed(photograph, truth, colour)), truth) > 0.985
+
+
+@pytest.mark.parametrize("background", [0, 255])
+def test_text_in_the_corners(synthetic, background):
+    for photograph, _, truth in synthetic:
+        image = Image.fromarray(framed(photograph, truth, (background,) * 3))
+        draw = ImageDraw.Draw(image)
+        font = ImageFont.load_default(size=14)
+        draw.text((2, 1), "OD 2019-03", fill=255 - background, font=font)
+        draw.text((285, 322), "No. 4711", fill=(255, 255, 0) if background == 0 else (90, 0, 0), font=font)
+        draw.rectangle([0, 318, 40, 339], fill=(0, 120, 255))
+        found = find_field_of_view(np.array(image))
+        assert overlap(found, truth) > 0.98
+        assert not found[:16, :40].any()
+
+
+@pytest.mark.parametrize("cut", [30, 70, 110])
+def test_discs_that_the_frame_cuts_off(synthetic, cut):
+    for photograph, _, truth in synthetic:
+        for rows, columns in (
+            (slice(cut, -cut), slice(None)),
+            (slice(cut, None), slice(None)),
+            (slice(None), slice(cut, -cut)),
+        ):
+            found = find_field_of_view(photograph[rows, columns])
+            assert overlap(found, truth[rows, columns]) > 0.98
+        found = find_field_of_view(photograph[cut:-cut])
+        assert field_of_view_diameter(found) == pytest.approx(field_of_view_diameter(truth), rel=0.02)
+
+
+def test_discs_that_bars_cut_off(synthetic):
+    for photograph, _, truth in synthetic:
+        barred, wanted = photograph.copy(), truth.copy()
+        barred[:60], barred[-40:], wanted[:60], wanted[-40:] = 0, 0, False, False
+        assert overlap(find_field_of_view(barred), wanted) > 0.98
+
+
+def test_small_disc_in_a_wide_frame(synthetic):
+    for photograph, _, truth in synthetic:
+        wide, wanted = (
+            np.pad(array, [(40, 80), (400, 90)] + [(0, 0)] * (array.ndim - 2)) for array in (photograph, truth)
+        )
+        assert overlap(find_field_of_view(wide), wanted) > 0.98
+
+
+def test_dim_blurred_and_compressed_photographs(synthetic, tmp_path):
+    for photograph, _, truth in synthetic:
+        assert overlap(find_field_of_view((photograph * 0.25).astype(np.uint8)), truth) > 0.98
+        small = Image.fromarray(photograph).resize((120, 113), Image.Resampling.BILINEAR)
+        assert overlap(find_field_of_view(np.array(small.resize((360, 340)))), truth) > 0.97
+        Image.fromarray(photograph).save(tmp_path / "compressed.jpg", quality=40)
+        assert overlap(find_field_of_view(read_photograph(tmp_path / "compressed.jpg")), truth) > 0.98
+
+
+def test_photographs_that_fill_the_frame(synthetic):
+    rng = np.random.default_rng(0)
+    for photograph, _, _ in synthetic:
+        for _ in range(20):
+            side = int(rng.integers(40, 220))
+            top, left = 170 - side // 2 + rng.integers(-8, 9), 180 - side // 2 + rng.integers(-8, 9)
+            assert find_field_of_view(photograph[top : top + side, left : left + side]).all()
+
+
+@pytest.mark.parametrize("value", [0, 77, 255])
+def test_a_picture_of_one_colour_is_taken_whole(value):
+    assert find_field_of_view(np.full((80, 90, 3), value, np.uint8)).all()
+
+
+def test_noise_is_taken_whole():
+    noise = np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)
+    assert find_field_of_view(noise).all()
+
+
+def test_real_photographs(real_drive):
+    paths = sorted((real_drive / "DRIVE").glob("*/images/*.tif"))
+    assert paths
+    for path in paths:
+        official = read_binary_mask(path.parents[1] / "mask" / f"{path.stem}_mask.gif")
+        photograph = read_photograph(path)
+        found = find_field_of_view(photograph)
+        assert overlap(found, official) >= 0.985, path
+        assert field_of_view_diameter(official) == pytest.approx(540, abs=5)
+        assert field_of_view_diameter(found) == pytest.approx(field_of_view_diameter(official), abs=10), path
+        assert find_field_of_view(photograph[180:400, 180:400]).all(), path
+        mirrored = np.array(ImageOps.mirror(Image.fromarray(photograph)))
+        assert overlap(find_field_of_view(mirrored), official[:, ::-1]) >= 0.985, path

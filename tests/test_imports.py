@@ -1,0 +1,64 @@
+"""Which room may import which: README, "Where things are"."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+SCRIPTS = {"train", "train_multi_GPU", "predict", "compute_mean_std"}
+ROOMS = {  # where no file may import these
+    "src": {"train_utils", "my_dataset", "transforms", *SCRIPTS},
+    "my_dataset.py": {"train_utils", *SCRIPTS},
+    "transforms.py": {"train_utils", *SCRIPTS},
+    "train_utils": {"tests", *SCRIPTS},
+}
+
+
+def files_of(room):
+    path = PROJECT / room
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def name_of(path):
+    parts = path.relative_to(PROJECT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path):
+    """The modules, and names in modules, that a file imports, at its top or in a function, by their full names."""
+    package = list(path.relative_to(PROJECT).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_directions(room):
+    files = files_of(room)
+    assert files
+    for path in files:
+        wrong = [name for name in imports_of(path) if name.split(".")[0] in ROOMS[room]]
+        assert not wrong, f"{path} imports {wrong}"
+
+
+@pytest.mark.parametrize("room", ["src", "train_utils"])
+def test_no_circles(room):
+    modules = {name_of(path): path for path in files_of(room)}
+    graph = {}
+    for module, path in modules.items():
+        # A package's name stands for its __init__; `from .package import module` is of the module alone.
+        found = {name if name in modules else name.rpartition(".")[0] for name in imports_of(path)}
+        # To import a module of another package imports that package's __init__ first.
+        found |= {
+            name.rpartition(".")[0] for name in found if not f"{module}.".startswith(name.rpartition(".")[0] + ".")
+        }
+        graph[module] = found & modules.keys() - {module}
+    assert sum(map(len, graph.values())) > 5
+    while leaves := {module for module, needed in graph.items() if not needed & graph.keys()}:
+        graph = {module: needed for module, needed in graph.items() if module not in leaves}
+    assert not graph, f"import each other: {sorted(graph)}"

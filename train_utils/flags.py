@@ -1,0 +1,183 @@
+"""The flags of the training scripts, and the defaults that --recipe, --arch and --demo change."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from my_dataset import DRIVE_MEAN, DRIVE_STD
+from src import ARCHITECTURES
+from transforms import AUGMENTATIONS
+
+from .command_line import Parser, add_switch, at_least, fraction, probability_or_auto
+from .recipes import RECIPES
+
+AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# The share of a GPU's free memory that the photographs may take; the rest is for the model.
+SHARE_FOR_PHOTOGRAPHS = 0.25
+
+VAL_SPLIT_WITHOUT_TEST_LABELS = 4
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of both training scripts, with the tutorial's names and defaults."""
+    add = parser.add_argument
+    add(
+        "--recipe",
+        default="tutorial",
+        choices=list(RECIPES),
+        help="defaults of the other flags (train_utils/recipes.py). tutorial: the tutorial's; quick: the same Dice "
+        "within minutes on a CPU; best: the highest Dice",
+    )
+    add("--data-path", default="./", help="the folder that contains DRIVE")
+    add("--num-classes", default=1, type=at_least(1), help="number of classes besides the background")
+    add("--device", default="cuda", help="device to train on; without a GPU, cuda means the CPU")
+    add("-b", "--batch-size", type=at_least(1), help="photographs per step in each process")
+    add("--epochs", type=at_least(1), help="number of epochs of the whole run")
+    add(
+        "--steps-per-epoch",
+        type=at_least(1),
+        metavar="N",
+        help="steps per epoch (default: each photograph once)",
+    )
+    add("--optimizer", choices=["sgd", "adamw"], help="optimizer")
+    add("--lr", type=at_least(0, float), help="peak learning rate")
+    add("--momentum", default=0.9, type=at_least(0, float), help="momentum of --optimizer sgd")
+    add("--wd", "--weight-decay", type=at_least(0, float), dest="weight_decay", help="weight decay")
+    add(
+        "--schedule",
+        choices=["poly", "one-cycle"],
+        help="learning-rate schedule. poly: warm-up epoch, then polynomial decay; one-cycle: a cosine up and down",
+    )
+    add(
+        "--vessel-weight",
+        type=at_least(0, float),
+        help="weight of the vessels in the cross-entropy; that of the background is 1 (only with two classes)",
+    )
+    add("--dice-loss", choices=["all", "foreground"], help="the classes that the Dice loss averages over")
+    add(
+        "--ema-decay",
+        type=fraction,
+        help="decay per step of the moving average of the weights, which is evaluated and saved; 0: no average",
+    )
+    add("--print-freq", type=at_least(1), help="steps between progress lines")
+    add("--resume", default="", help="continue from this checkpoint; auto: from the newest in --output-dir, if any")
+    add("--start-epoch", "--start_epoch", default=0, type=at_least(0), help="first epoch of a run without --resume")
+    add_switch(parser, "--save-best", default=True, help="keep only the best epoch, not every one")
+    add_speed_flags(parser)
+    add("--seed", default=0, type=at_least(0), help="seed of all random numbers")
+    add("--arch", default="unet", choices=list(ARCHITECTURES), help="architecture of the model")
+    add(
+        "--backbone-weights",
+        metavar="FILE",
+        help="file of torchvision's ImageNet weights to start mobilenet_v3 or vgg16 from; imagenet: download it",
+    )
+    add(
+        "--base-c",
+        type=at_least(1),
+        help="channels at full resolution of unet and unet_paper (default of unet_paper: 64)",
+    )
+    add(
+        "--augmentation",
+        choices=list(AUGMENTATIONS),
+        help="training preset. tutorial: the tutorial's; rotation: scales nearer to 1, any rotation and colour jitter",
+    )
+    add(
+        "--base-size",
+        default=565,
+        type=at_least(2),
+        help="shorter side in pixels; the preset resizes to 0.5 - 1.2 times this (rotation: 0.8 - 1.15)",
+    )
+    add(
+        "--normalization",
+        choices=["dataset", "photograph", "local"],
+        help="mean and standard deviation to normalise with. dataset: --mean and --std; photograph: those of each "
+        "photograph; local: the same, after every pixel is divided by the mean of its surroundings. Stored with the "
+        "weights",
+    )
+    add(
+        "--mean",
+        nargs=3,
+        default=list(DRIVE_MEAN),
+        type=at_least(0, float),
+        help="channel means (compute_mean_std.py prints them)",
+    )
+    add("--std", nargs=3, default=list(DRIVE_STD), type=at_least(1e-6, float), help="channel standard deviations")
+    add("--crop-size", type=at_least(32), help="side of the training crops")
+    add(
+        "--val-split",
+        type=at_least(0),
+        metavar="N",
+        help="validate on the last N training photographs instead of the test photographs "
+        f"(default: 0 with test labels, else {VAL_SPLIT_WITHOUT_TEST_LABELS})",
+    )
+    add(
+        "--threshold",
+        default=0.5,
+        type=probability_or_auto,
+        help="vessel probability above which a pixel is a vessel in the scores; auto: the one of the best Dice on the "
+        "held-out photographs (without --val-split: on the training ones), stored with the weights",
+    )
+    add_switch(
+        parser,
+        "--tta",
+        default=None,
+        help="score the mean over the four flips, in four times the time; stored with the weights for predict.py "
+        "and --test-only (default: as stored, else off)",
+    )
+    add("--test-only", action="store_true", help="only score the weights of --resume on the test photographs")
+    add("--tensorboard", action="store_true", help="also write TensorBoard events into --output-dir")
+    parser.set_defaults(**RECIPES["tutorial"])
+
+
+def add_amp_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of mixed precision, which training and prediction share."""
+    add_switch(parser, "--amp", default=False, help="automatic mixed precision")
+    parser.add_argument(
+        "--amp-dtype",
+        choices=list(AMP_DTYPES),
+        help="the lower precision of --amp (default: float16 on a GPU, bfloat16 elsewhere)",
+    )
+
+
+def add_speed_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that change the speed of training."""
+    add_amp_flags(parser)
+    add_switch(
+        parser,
+        "--channels-last",
+        default=None,
+        help="channels-last memory format (default: on a GPU with --amp and on a CPU with AVX-512; elsewhere it makes "
+        "the backward pass slower)",
+    )
+    add_switch(parser, "--compile", default=False, help="compile the training step with torch.compile")
+    add_switch(
+        parser,
+        "--device-data",
+        default=None,
+        help="keep the photographs in the device's memory and augment them there, without loading processes "
+        f"(default: on a GPU, if they take at most {SHARE_FOR_PHOTOGRAPHS:.0%} of its free memory)".replace("%", "%%"),
+    )
+
+
+def default_flags() -> dict[str, Any]:
+    """The defaults of the flags of both training scripts, by name."""
+    parser = Parser(None)
+    add_training_flags(parser)
+    return vars(parser.parse_args([]))
+
+
+def parse_with_recipe(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[str, Any] | None = None
+) -> argparse.Namespace:
+    """Read the flags. --arch, then --demo (to `demo`), then --recipe change the defaults of other flags."""
+    asked = parser.parse_args(argv)
+    defaults = {name: value for name, value in ARCHITECTURES[asked.arch][1].items() if name == "base_c"}
+    if demo and asked.demo:
+        defaults |= demo
+    if asked.recipe != "tutorial":
+        defaults |= RECIPES[asked.recipe]
+    parser.set_defaults(**defaults)
+    return parser.parse_args(argv)

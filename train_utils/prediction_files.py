@@ -1,0 +1,151 @@
+"""The output files of predict.py: their names, the pictures and the table."""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import draw_segmentation_masks
+
+from src.photograph import IMAGE_SUFFIXES
+
+from .command_line import UsageError
+from .files import replace_whole
+
+TABLE = "predictions.csv"
+COLUMNS = ("file", "width", "height", "field_of_view_diameter", "scale", "vessel_share", "seconds")
+OVERLAY_COLOUR = (0, 255, 255)  # cyan, which does not occur in a retina
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A photograph of H x W pixels and its segmentation."""
+
+    path: Path
+    photograph: np.ndarray  # uint8 [H, W, 3]
+    field_of_view: np.ndarray  # bool [H, W]
+    diameter: float  # of the field of view, pixels
+    scale: float
+    probabilities: Tensor  # [C - 1, H, W], of all classes except the background
+    labels: np.ndarray  # uint8 [H, W]; 0 is the background and everything outside the field of view
+    inference_seconds: float
+
+    @property
+    def vessel_share(self) -> float:
+        """The share of the field of view that is vessel."""
+        return np.count_nonzero(self.labels) / np.count_nonzero(self.field_of_view)
+
+
+def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple[Path | None, list[Path]]:
+    """The path of the table, if there is one, and the path of each photograph's mask.
+
+    Raises:
+        UsageError: --output does not fit the photographs, or an input would be overwritten.
+    """
+    single = len(photographs) == 1
+    output = Path(args.output or ("test_result.png" if single else "predictions"))
+    looks_like_a_file = output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir()
+    if looks_like_a_file and not single:
+        raise UsageError(f"--output {output}: is one file, but there are {len(photographs)} photographs; name a folder")
+    if looks_like_a_file and output.suffix.lower() != ".png":
+        raise UsageError(f"--output {output}: masks are written as PNG; name it {output.with_suffix('.png')}")
+    masks = [output] if looks_like_a_file else [output / f"{name}_vessels.png" for name in output_names(photographs)]
+
+    roi_masks = Path(args.roi_mask or "auto")
+    inputs = (*photographs, Path(args.weights), *(roi_masks.iterdir() if roi_masks.is_dir() else [roi_masks]))
+    inputs = {path.resolve() for path in inputs}
+    written = [path for mask in masks for path in (mask, beside(mask, "probability"), beside(mask, "overlay"))]
+    overwritten = next((path for path in written if path.resolve() in inputs), None)
+    if overwritten:
+        raise UsageError(f"--output {output}: would overwrite the input {overwritten}; choose another place")
+    if looks_like_a_file:
+        return None, masks
+    if any(path.parent.resolve() == output.resolve() for path in photographs):
+        raise UsageError(
+            f"--output {output}: holds the photographs themselves, and the next run would take the masks for "
+            "photographs; choose another folder"
+        )
+    return output / TABLE, masks
+
+
+def output_names(photographs: Sequence[Path]) -> list[str]:
+    """The stem of each photograph; if two are the same, with the ending; if still the same, with the folder.
+
+    Raises:
+        UsageError: two are still the same.
+    """
+    names = [path.stem for path in photographs]
+    longer_names = (
+        lambda path: path.name.replace(".", "_"),
+        lambda path: f"{path.absolute().parent.name}_{path.name.replace('.', '_')}",
+    )
+
+    def shared() -> set[str]:
+        # Some file systems ignore case.
+        return {name for name, count in Counter(name.lower() for name in names).items() if count > 1}
+
+    for longer in longer_names:
+        clashes = shared()
+        names = [
+            longer(path) if name.lower() in clashes else name for name, path in zip(names, photographs, strict=True)
+        ]
+    if clashes := shared():
+        first, second = [path for name, path in zip(names, photographs, strict=True) if name.lower() in clashes][:2]
+        raise UsageError(f"--image: {first} and {second} would get masks of the same name; predict them separately")
+    return names
+
+
+def beside(mask: Path, kind: str) -> Path:
+    return mask.with_name(f"{mask.stem.removesuffix('_vessels')}_{kind}.png")
+
+
+def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace) -> None:
+    """Write the mask, and with --save-prob and --overlay the other pictures beside it."""
+    two_classes = len(prediction.probabilities) == 1
+    pictures = {mask: prediction.labels * np.uint8(255) if two_classes else prediction.labels}
+    if args.save_prob:
+        vessels = prediction.probabilities.sum(dim=0).numpy() * prediction.field_of_view
+        pictures[beside(mask, "probability")] = np.rint(vessels.clip(0, 1) * 65535).astype(np.uint16)
+    if args.overlay:
+        pictures[beside(mask, "overlay")] = draw_overlay(prediction)
+    for path, picture in pictures.items():
+        with replace_whole(path) as file:
+            Image.fromarray(picture).save(file, format="PNG")
+
+
+def draw_overlay(prediction: Prediction) -> np.ndarray:
+    """The photograph with the vessels drawn in, one colour per class: uint8 [H, W, 3]."""
+    classes = len(prediction.probabilities)
+    labels = torch.from_numpy(prediction.labels)
+    masks = labels == torch.arange(1, classes + 1, dtype=torch.uint8)[:, None, None]  # [C - 1, H, W]
+    photograph = torch.from_numpy(prediction.photograph).permute(2, 0, 1)
+    colours = [OVERLAY_COLOUR] if classes == 1 else None
+    return draw_segmentation_masks(photograph, masks, alpha=0.6, colors=colours).permute(1, 2, 0).numpy()
+
+
+def table_row(prediction: Prediction, seconds: float) -> dict[str, Any]:
+    height, width = prediction.labels.shape
+    return {
+        "file": prediction.path,
+        "width": width,
+        "height": height,
+        "field_of_view_diameter": f"{prediction.diameter:g}",
+        "scale": f"{prediction.scale:.4g}",
+        "vessel_share": f"{prediction.vessel_share:.5f}",
+        "seconds": f"{seconds:.3f}",
+    }
+
+
+def progress_line(prediction: Prediction) -> str:
+    height, width = prediction.labels.shape
+    return (
+        f"{prediction.path}: {width} x {height}, field of view {prediction.diameter:g} px, scale "
+        f"{prediction.scale:.3g}, vessels are {prediction.vessel_share:.1%} of the field of view, "
+        f"inference time: {prediction.inference_seconds:.3f} s"
+    )
