@@ -1,22 +1,16 @@
+"""The field of view of photographs: what surrounds it, what cuts it off, and pictures without any."""
+
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from my_dataset import read_binary_mask
 from src.field_of_view import field_of_view_diameter, find_field_of_view
-from src.masks import read_binary_mask
 from src.photograph import read_photograph
+from tests.pictures import disc, framed, overlap
 from train_utils.synthetic_drive import synthetic_photograph
-
-
-def disc(height, width, diameter, centre=None):
-    y, x = np.indices((height, width)) + 0.5
-    centre_y, centre_x = centre or (height / 2, width / 2)
-    return (y - centre_y) ** 2 + (x - centre_x) ** 2 <= (diameter / 2) ** 2
-
-
-def overlap(a, b):
-    """Intersection over union."""
-    return (a & b).sum() / (a | b).sum()
 
 
 def test_diameter():
@@ -41,12 +35,6 @@ def test_synthetic_photographs(size):
 @pytest.fixture(scope="module")
 def synthetic():
     return [synthetic_photograph(360, 340, np.random.default_rng(seed)) for seed in range(4)]
-
-
-def framed(photograph, truth, colour, noise=2):
-    """The photograph with another border."""
-    around = np.random.default_rng(0).normal(colour, noise, photograph.shape).clip(0, 255).astype(np.uint8)
-    return np.where(truth[..., None], photograph, around)
 
 
 @pytest.mark.parametrize(
@@ -141,3 +129,66 @@ def test_real_photographs(real_drive):
         assert find_field_of_view(photograph[180:400, 180:400]).all(), path
         mirrored = np.array(ImageOps.mirror(Image.fromarray(photograph)))
         assert overlap(find_field_of_view(mirrored), official[:, ::-1]) >= 0.985, path
+
+
+@pytest.mark.parametrize("size", [*((side, side) for side in range(1, 17)), (1, 50), (33, 4000), (3000, 40), (31, 500)])
+def test_small_and_narrow_pictures_of_anything(size):
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8), np.full((*size, 3), 90, np.uint8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for picture in pictures:
+            found = find_field_of_view(picture)
+            assert found.dtype == bool and found.shape == size and found.any()
+            assert found.all() or min(size) > 16
+            assert 1 <= field_of_view_diameter(found) <= max(size)
+
+
+def test_the_same_photograph_has_the_same_field_of_view(synthetic):
+    state = np.random.get_state()[1].copy()
+    first, second = (find_field_of_view(synthetic[0][0].copy()) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(np.random.get_state()[1], state)
+
+
+def test_green_surroundings_between_black_bars(synthetic):
+    for photograph, _, truth in synthetic:
+        barred, wanted = framed(photograph, truth, (6, 38, 10)), truth.copy()
+        for rows in (slice(0, 14), slice(-9, None)):
+            barred[rows], wanted[rows] = 2, False
+        assert overlap(find_field_of_view(barred), wanted) > 0.98
+
+
+def test_light_scattered_into_the_surroundings(synthetic):
+    y, x = np.indices((340, 360))
+    for photograph, _, truth in synthetic:
+        glow = 70 * np.exp(-np.maximum(np.hypot(y - 170, x - 180) - 150, 0) / 25) * (x / 360)
+        glowing = np.where(truth[..., None], photograph, (glow[..., None] * (0.4, 1, 0.6)).astype(np.uint8))
+        assert overlap(find_field_of_view(glowing), truth) > 0.98
+
+
+def test_surroundings_brighter_than_a_dark_side_of_the_retina(synthetic):
+    for photograph, _, truth in synthetic:
+        dim = photograph * np.linspace(0.15, 1, 360)[None, :, None]
+        assert overlap(find_field_of_view(framed(dim, truth, (95, 95, 95)).astype(np.uint8)), truth) > 0.98
+
+
+def test_noisy_photographs(synthetic):
+    for photograph, _, truth in synthetic:
+        noise = np.random.default_rng(1).normal(0, 10, photograph.shape)
+        assert overlap(find_field_of_view((photograph + noise).clip(0, 255).astype(np.uint8)), truth) > 0.98
+
+
+@pytest.mark.parametrize("width", [300, 335, 390, 450])
+def test_pixels_that_are_not_square(synthetic, width):
+    for photograph, _, truth in synthetic:
+        squeezed = np.array(Image.fromarray(photograph).resize((width, 340)))
+        wanted = np.array(Image.fromarray(truth).resize((width, 340)))
+        assert overlap(find_field_of_view(squeezed), wanted) > 0.975
+
+
+def test_sizes_agree(synthetic):
+    """A photograph ten times as large is searched on a smaller picture."""
+    photograph, _, truth = synthetic[0]
+    large = np.array(Image.fromarray(photograph).resize((3600, 3400), Image.Resampling.BICUBIC))
+    assert overlap(find_field_of_view(large), truth.repeat(10, 0).repeat(10, 1)) > 0.98
