@@ -1,32 +1,63 @@
-"""Channel mean and standard deviation of DRIVE's training photographs inside the field of view."""
+"""Mean and standard deviation of the training photographs' channels, and the sizes that a model works at."""
 
 import argparse
+import statistics
+from collections.abc import Iterable
 
 import numpy as np
 
-from my_dataset import OUTSIDE, DriveDataset
+from my_dataset import read_field_of_view, working_diameter
 from src.colours import channel_statistics
+from src.dataset_files import LabelledPhotograph, training_photographs
+from src.field_of_view import field_of_view_diameter
+from src.photograph import read_photograph
+from src.segment import match_scale
 from train_utils.command_line import Parser, run_script
+from train_utils.flags import add_data_path
+from train_utils.settings import roots
 
 
-def compute_mean_std(dataset: DriveDataset) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the photographs of each one's channel mean and standard deviation, in [0, 1], each float64 [3]."""
-    photographs = zip(dataset.images, dataset.labels, strict=True)
-    means, stds = zip(*(channel_statistics(image, label != OUTSIDE) for image, label in photographs), strict=True)
-    return np.mean(means, axis=0), np.mean(stds, axis=0)
+def compute_mean_std(files: Iterable[LabelledPhotograph], diameter: float) -> tuple[np.ndarray, np.ndarray, float]:
+    """Statistics of photographs inside their fields of view.
+
+    Args:
+        files: of the photographs.
+        diameter: the working diameter, pixels.
+
+    Returns:
+        the means over the photographs of each one's channel mean and standard deviation, in [0, 1], float64 [3] each;
+        and the median of their shorter sides at the working diameter, pixels.
+
+    Raises:
+        DatasetError: a file cannot be read.
+    """
+    means, stds, sides = [], [], []
+    for item in files:
+        photograph = read_photograph(item.photograph)
+        field_of_view = read_field_of_view(item, photograph)
+        mean, std = channel_statistics(photograph, field_of_view)
+        means.append(mean)
+        stds.append(std)
+        scale = match_scale(field_of_view_diameter(field_of_view), diameter)
+        sides.append(round(scale * min(photograph.shape[:2])))
+    return np.mean(means, axis=0), np.mean(stds, axis=0), statistics.median(sides)
 
 
 def main(args: argparse.Namespace) -> None:
-    mean, std = compute_mean_std(DriveDataset(args.data_path, train=True))
+    files = [item for root in roots(args) for item in training_photographs(root)]
+    diameter = working_diameter(files)
+    mean, std, shorter_side = compute_mean_std(files, diameter)
     print(f"mean: {mean}")
     print(f"std: {std}")
     mean_flag, std_flag = (" ".join(f"{value:.3f}" for value in values) for values in (mean, std))
     print(f"to train with these: --mean {mean_flag} --std {std_flag}")
+    print(f"working diameter: {diameter:g} pixels across the field of view (--fov-diameter)")
+    print(f"shorter side at the working diameter: {shorter_side:g} pixels (--base-size)")
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
-    parser.add_argument("--data-path", default="./", help="the folder that contains DRIVE")
+    add_data_path(parser)
     return parser
 
 

@@ -1,6 +1,7 @@
 """Segment the vessels of retinal photographs with trained weights."""
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from src.field_of_view import field_of_view_diameter
 from src.inference import for_inference
 from src.photograph import PhotographError, list_photographs, read_photograph
 from src.roi_mask import choose_field_of_view, require_roi_mask
-from src.segment import match_scale, segment
+from src.segment import match_scale, segment, widening
 from train_utils.checkpoint import Checkpoint, load_model, normalization_of
 from train_utils.command_line import (
     Parser,
@@ -98,13 +99,19 @@ def predict(path: Path, model: nn.Module, checkpoint: Checkpoint, args: argparse
     except torch.OutOfMemoryError as error:
         raise UsageError(f"--tile: {path} does not fit into the GPU's memory; try --tile 512 --batch-size 1") from error
     seconds = time.perf_counter() - started
-    labels = np.where(field_of_view, classify(probabilities, args.threshold), 0).astype(np.uint8)
+    shift = widening(scale, checkpoint.get("trained_scale"))
+    labels = np.where(field_of_view, classify(probabilities, args.threshold, shift), 0).astype(np.uint8)
     return Prediction(path, photograph, field_of_view, diameter, scale, probabilities, labels, seconds)
 
 
-def classify(probabilities: Tensor, threshold: float) -> np.ndarray:
-    """The class of each pixel, [H, W]: by the threshold for two classes, else the most probable one."""
+def classify(probabilities: Tensor, threshold: float, shift: float = 0.0) -> np.ndarray:
+    """The class of each pixel, [H, W]: by the threshold for two classes, else the most probable one.
+
+    `shift` is added to the log-odds of the threshold.
+    """
     if len(probabilities) == 1:
+        if shift:
+            threshold = 1 / (1 + (1 - threshold) / threshold * math.exp(-shift))
         return (probabilities[0] > threshold).numpy()
     background = 1 - probabilities.sum(dim=0, keepdim=True)
     return torch.cat([background, probabilities]).argmax(dim=0).numpy()

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import torch
 
-from my_dataset import DatasetError, find_drive
 from src import create_model
+from src.dataset_files import find_parts
+from src.errors import DatasetError
 from train_utils.checkpoint import BEST_MODEL
-from train_utils.command_line import Parser, at_least, run_script, select_device
+from train_utils.command_line import Parser, UsageError, at_least, run_script, select_device
 from train_utils.data_loading import make_loaders, open_datasets
 from train_utils.files import make_output_folder
 from train_utils.fit import fit
 from train_utils.flags import add_training_flags, parse_with_recipe
-from train_utils.scoring import conclude_training, score_weights
+from train_utils.scoring import check_what_is_scored, conclude_training, score
 from train_utils.settings import memory_format, model_arguments, settle
 from train_utils.synthetic_drive import write_synthetic_drive
 from train_utils.training_state import TrainingState, load_to_resume
@@ -26,7 +27,6 @@ DEMO_DEFAULTS = {
     "base_c": 16,
     "epochs": 10,
     "lr": 0.05,
-    "base_size": 400,
     "crop_size": 224,
     "print_freq": 5,
 }
@@ -39,33 +39,36 @@ def main(args: argparse.Namespace) -> None:
     print(f"using {device} device.")
     make_output_folder(args.output_dir, "--output-dir")
     if args.test_only:
-        score_weights(args.resume, device, args)
+        score(device, args)
         return
     checkpoint = load_to_resume(args)
     settle(args, device, checkpoint)
     train_data, val_data = open_datasets(args, device)
-    train_loader, val_loader = make_loaders(train_data, val_data, device, args, drop_last=False)
+    check_what_is_scored(train_data.files, args)
+    train_loader, val_loaders = make_loaders(train_data, val_data, device, args, drop_last=False)
 
     torch.manual_seed(args.seed)
     model = create_model(**model_arguments(args)).to(device, memory_format=memory_format(args))
     state = TrainingState(
-        model, device, len(train_loader), args, selected_on=val_data.describe(), fov_diameter=train_data.fov_diameter()
+        model, device, len(train_loader), args, train_data.files, val_data.files, train_data.median_scale()
     )
-    best_dice = fit(model, state, train_loader, val_loader, checkpoint)
+    best_dice = fit(model, state, train_loader, val_loaders, checkpoint)
     conclude_training(device, args)
     print(f"best Dice {best_dice:.3f}; the weights are in {args.output_dir}")
     if args.demo:
-        photograph, roi_mask = val_data.img_list[0], val_data.roi_mask[0]
+        photograph, roi_mask = val_data.files[0].photograph, val_data.files[0].roi_mask
         print(
             f"now try: python predict.py --weights {Path(args.output_dir, BEST_MODEL)} --image {photograph} "
             f"--roi-mask {roi_mask} --output {Path(args.output_dir, photograph.stem)}_vessels.png"
         )
 
 
-def make_demo_data(root: str) -> None:
+def make_demo_data(root: str | list[str]) -> None:
     """Write synthetic photographs to `root/DRIVE`, unless there is a data set."""
+    if not isinstance(root, str):
+        raise UsageError(f"--data-path {' '.join(root)}: the demo takes one folder; leave out --demo, or name one")
     try:
-        find_drive(root)
+        find_parts(root)
     except DatasetError:
         if Path(root, "DRIVE").exists():
             raise

@@ -19,7 +19,7 @@ from train_utils.distributed_utils import (
 from train_utils.files import make_output_folder
 from train_utils.fit import fit
 from train_utils.flags import add_training_flags, parse_with_recipe
-from train_utils.scoring import conclude_training, score_weights
+from train_utils.scoring import check_what_is_scored, conclude_training, score
 from train_utils.settings import memory_format, model_arguments, settle
 from train_utils.training_state import TrainingState, load_to_resume
 
@@ -33,27 +33,23 @@ def main(args: argparse.Namespace) -> None:
         print(f"using {device.type} device in {args.world_size} process{'es' if args.world_size > 1 else ''}.")
     on_main_process(make_output_folder, args.output_dir, "--output-dir")
     if args.test_only:
-        score_weights(args.resume, device, args)
+        score(device, args)
         leave_distributed_mode()
         return
     checkpoint = load_to_resume(args)
     settle(args, device, checkpoint)
     train_data, val_data = open_datasets(args, device)
+    check_what_is_scored(train_data.files, args)
     require_a_step(len(train_data), args)
-    train_loader, val_loader = make_loaders(train_data, val_data, device, args, drop_last=True)
+    train_loader, val_loaders = make_loaders(train_data, val_data, device, args, drop_last=True)
 
     torch.manual_seed(args.seed)
     raw_model = create_model(**model_arguments(args)).to(device, memory_format=memory_format(args))
     model = wrap(raw_model, args)
     state = TrainingState(
-        raw_model,
-        device,
-        len(train_loader),
-        args,
-        selected_on=val_data.describe(),
-        fov_diameter=train_data.fov_diameter(),
+        raw_model, device, len(train_loader), args, train_data.files, val_data.files, train_data.median_scale()
     )
-    best_dice = fit(model, state, train_loader, val_loader, checkpoint)
+    best_dice = fit(model, state, train_loader, val_loaders, checkpoint)
     conclude_training(device, args)
     if is_main_process():
         print(f"best Dice {best_dice:.3f}; the weights are in {args.output_dir}")

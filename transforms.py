@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import affine_grid, grid_sample, interpolate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
@@ -64,6 +64,17 @@ class RandomResize:
         return F.resize(image, size, InterpolationMode.BILINEAR), _resize_label(target, size)
 
 
+class RandomRescale:
+    """Resize the shorter side to a whole number of pixels drawn from [smallest, largest] times what it is."""
+
+    def __init__(self, smallest: float, largest: float) -> None:
+        self.smallest, self.largest = smallest, largest
+
+    def __call__(self, image: Any, target: Any) -> tuple[Any, Any]:
+        shorter_side = min(F.get_size(image))
+        return RandomResize(int(self.smallest * shorter_side), int(self.largest * shorter_side))(image, target)
+
+
 class RandomHorizontalFlip:
     """Mirror left to right with probability `p`."""
 
@@ -105,23 +116,38 @@ class RandomCrop:
 class RandomAffineCrop:
     """Resize, rotate by any angle, mirror and crop to a square of `size` pixels, at random and in one resampling.
 
-    The image is interpolated bilinearly, the label by nearest neighbour. Pixels beyond the frame are 0 in the image and
-    255 in the label. The centre is drawn so that the square without its rotation would lie within the frame.
+    The image is interpolated bilinearly, the label takes its nearest pixel. What lies beyond the frame is `fill` in the
+    image and 255 in the label. The centre is drawn so that an upright square would lie within the frame.
 
     Args:
         size: side of the square, pixels.
-        min_size, max_size: limits of the shorter side after resizing, pixels; drawn uniformly on a logarithmic scale.
+        smallest, largest: what the shorter side is resized to, drawn evenly on a logarithmic scale: times `base_size`.
+        base_size: pixels; None: the shorter side itself.
+        bend: standard deviation of an elastic deformation, of the square's side; 0: none.
+        fill: of the channels, in [0, 1].
     """
 
-    def __init__(self, size: int, min_size: float, max_size: float) -> None:
+    def __init__(
+        self,
+        size: int,
+        smallest: float,
+        largest: float,
+        base_size: int | None = None,
+        bend: float = 0.0,
+        fill: Sequence[float] = (0.0, 0.0, 0.0),
+    ) -> None:
         self.size = size
-        self.min_size, self.max_size = min_size, max_size
+        self.smallest, self.largest, self.base_size = smallest, largest, base_size
+        self.bend = bend
+        self.fill = torch.tensor(fill).view(3, 1, 1)
 
     def __call__(self, image: Any, target: Any) -> tuple[Tensor, Tensor]:
         image, target = ToTensor()(image, target)
         height, width = target.shape
         zoom, angle, mirror, x, y = torch.rand(5).tolist()
-        shorter_side = self.min_size * (self.max_size / self.min_size) ** zoom
+        base_size = self.base_size or min(height, width)
+        min_size, max_size = self.smallest * base_size, self.largest * base_size
+        shorter_side = min_size * (max_size / min_size) ** zoom
         side = self.size / shorter_side * min(height, width)  # of the square in the original picture, pixels
         cosine, sine = side * math.cos(2 * math.pi * angle), side * math.sin(2 * math.pi * angle)
         # Under rotation by any angle, mirroring along either axis gives the same set of squares.
@@ -139,11 +165,58 @@ class RandomAffineCrop:
         )
         matrix = matrix.to(image.device, non_blocking=True)
         grid = affine_grid(matrix[None], [1, 1, self.size, self.size], align_corners=False)
-        image = grid_sample(image[None], grid, mode="bilinear", align_corners=False)[0]
-        # Sampling fills with 0 beyond the frame, so the label is shifted until 255 is 0.
+        if self.bend:
+            # Displacements at 6 x 6 points, smooth in between; in units of half the picture's sides.
+            size_in_picture = torch.tensor([2 * side / width, 2 * side / height])
+            points = self.bend * size_in_picture * torch.randn(1, 6, 6, 2)
+            field = _smooth(points.permute(0, 3, 1, 2).to(image.device, non_blocking=True), self.size)
+            grid = grid + field.permute(0, 2, 3, 1)
+        # Sampling gives 0 beyond the frame, so what the frame is to be filled with must be 0 meanwhile.
+        fill = self.fill.to(image.device, non_blocking=True)
+        image = grid_sample((image - fill)[None], grid, mode="bilinear", align_corners=False)[0] + fill
         shifted = target[None, None].float() - OUTSIDE
         target = grid_sample(shifted, grid, mode="nearest", align_corners=False)[0, 0] + OUTSIDE
         return image, target.to(torch.int64)
+
+
+def _smooth(points: Tensor, size: int) -> Tensor:
+    """Values at few points [N, C, h, w], interpolated smoothly: [N, C, size, size]."""
+    return interpolate(points, (size, size), mode="bicubic", align_corners=True)
+
+
+class OtherCamera:
+    """Light, colours and sharpness as another camera, or another eye, could have given them; of the image alone.
+
+    The strengths are in standard deviations of the channels: what remains of the differences between cameras after each
+    photograph was normalised by its own statistics.
+
+    Args:
+        mean, std: of the channels, that the images were brought to.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.normalise = ChannelNormalization(mean, std)
+
+    def __call__(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        device, size = image.device, image.shape[-1]
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape).to(device, non_blocking=True)
+
+        image = self.normalise(image)  # [3, H, W]
+        mixing = torch.eye(3) + 0.15 * torch.randn(3, 3)  # of the channels
+        image = (mixing.to(device, non_blocking=True) @ image.flatten(1)).view_as(image)
+        contrast, light = 0.25 * draw(1, 1, 4, 4), 0.3 * draw(1, 1, 4, 4)
+        image = image * (_smooth(contrast, size)[0] + 0.25 * draw(3, 1, 1)).exp() + _smooth(light, size)[0]
+        image = image + 0.3 * draw(3, 1, 1)
+        blurred, sharpened, noisy, sigma, amount, noise = torch.rand(6).tolist()
+        if blurred < 0.3:
+            image = F.gaussian_blur(image, 7, 0.3 + 1.2 * sigma)
+        elif sharpened < 0.3:
+            image = image + 2 * amount * (image - F.gaussian_blur(image, 5, 1.0))
+        if noisy < 0.3:
+            image = image + 0.5 * noise * draw(*image.shape)
+        return image, target
 
 
 class ColorJitter:
@@ -187,12 +260,12 @@ class Normalize:
         return self.normalise(image), target
 
 
-class SegmentationPresetTrain:
-    """The tutorial's augmentation: shorter side 0.5 to 1.2 times `base_size`, both flips, a square crop."""
+class SegmentationPresetTrain(Compose):
+    """The tutorial's augmentation: shorter side 0.5 to 1.2 times `base_size` (None: times itself), flips, a crop."""
 
     def __init__(
         self,
-        base_size: int = 565,
+        base_size: int | None = 565,
         crop_size: int = 480,
         hflip_prob: float = 0.5,
         vflip_prob: float = 0.5,
@@ -200,9 +273,9 @@ class SegmentationPresetTrain:
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
-        self.transforms = Compose(
+        super().__init__(
             [
-                RandomResize(int(0.5 * base_size), int(1.2 * base_size)),
+                RandomResize(int(0.5 * base_size), int(1.2 * base_size)) if base_size else RandomRescale(0.5, 1.2),
                 RandomHorizontalFlip(hflip_prob),
                 RandomVerticalFlip(vflip_prob),
                 RandomCrop(crop_size),
@@ -211,53 +284,69 @@ class SegmentationPresetTrain:
             ]
         )
 
-    def __call__(self, image: Any, target: Any) -> tuple[Tensor, Tensor]:
-        return self.transforms(image, target)
 
-
-class SegmentationPresetRotation:
+class SegmentationPresetRotation(Compose):
     """Rotated and mirrored crops, the shorter side at 0.8 to 1.15 times `base_size`, with colour jitter.
 
     Shrinking destroys vessels of one or two pixels: a label resized by 0.6 and back has a Dice of 0.86 against itself.
     """
 
     def __init__(
-        self, base_size: int = 565, crop_size: int = 256, *, mean: Sequence[float], std: Sequence[float]
+        self,
+        base_size: int | None = 565,
+        crop_size: int = 256,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> None:
-        self.transforms = Compose(
+        super().__init__(
             [
-                RandomAffineCrop(crop_size, 0.8 * base_size, 1.15 * base_size),
+                RandomAffineCrop(crop_size, 0.8, 1.15, base_size),
                 ColorJitter(brightness=0.25, contrast=0.25, saturation=0.25),
                 Normalize(mean, std),
             ]
         )
 
-    def __call__(self, image: Any, target: Any) -> tuple[Tensor, Tensor]:
-        return self.transforms(image, target)
+
+class SegmentationPresetAnyCamera(Compose):
+    """As the rotation preset, with more of what differs between cameras: scale, shape, light, colours, sharpness."""
+
+    def __init__(
+        self,
+        base_size: int | None = 565,
+        crop_size: int = 256,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__(
+            [RandomAffineCrop(crop_size, 0.7, 1.4, base_size, bend=0.01, fill=mean), OtherCamera(mean, std)]
+        )
 
 
-class SegmentationPresetEval:
+class SegmentationPresetEval(Compose):
     """The whole picture at its own size, as a normalised tensor."""
 
     def __init__(self, *, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.transforms = Compose([ToTensor(), Normalize(mean, std)])
-
-    def __call__(self, image: Any, target: Any) -> tuple[Tensor, Tensor]:
-        return self.transforms(image, target)
+        super().__init__([ToTensor(), Normalize(mean, std)])
 
 
-AUGMENTATIONS = {"tutorial": SegmentationPresetTrain, "rotation": SegmentationPresetRotation}
+AUGMENTATIONS = {
+    "tutorial": SegmentationPresetTrain,
+    "rotation": SegmentationPresetRotation,
+    "any-camera": SegmentationPresetAnyCamera,
+}
 
 
 def get_transform(
     train: bool,
     mean: Sequence[float],
     std: Sequence[float],
-    base_size: int = 565,
+    base_size: int | None = 565,
     crop_size: int = 480,
     augmentation: str = "tutorial",
-) -> SegmentationPresetTrain | SegmentationPresetRotation | SegmentationPresetEval:
-    """With `train` the training preset of the name `augmentation`, else the evaluation preset."""
+) -> Callable:
+    """The training preset that `augmentation` names where `train`, else the evaluation preset."""
     if train:
         return AUGMENTATIONS[augmentation](base_size, crop_size, mean=mean, std=std)
     return SegmentationPresetEval(mean=mean, std=std)

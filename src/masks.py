@@ -1,63 +1,60 @@
-"""A black-and-white picture of any kind -> a mask."""
+"""A picture of labels -> a mask, or the class of each pixel."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from .errors import DatasetError
+from .photograph import open_image, to_rgb
+
+DARKEST_WHITE, LIGHTEST_BLACK = 192, 64  # levels of 255
+LARGEST_SMEAR = 0.01  # share of the pixels between them, as JPEG leaves beside edges
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whatever Pillow warns of is either raised in the end, or harmless
-            with Image.open(path) as image:
-                yield image
-    except UnidentifiedImageError as error:
-        raise DatasetError(f"{path}: not an image, or a damaged one; replace it from the DRIVE archive") from error
-    # Pillow reports damaged files by whatever its decoders run into.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        raise DatasetError(f"{path}: cannot be read ({error}); replace it from the DRIVE archive") from error
+def read_binary_mask(path: str | Path) -> np.ndarray:
+    """Decode a picture that is black and white to the eye as bool [H, W], True = white.
 
-
-def photograph_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels of an image file, which is not decoded.
+    It may be grey, in colours or with a palette, of 1, 8 or 16 bits, or hold 0 and 1. Its black may be lighter than 0
+    (up to 64 of 255), its white darker than 255 (down to 192), and a hundredth of its pixels may lie in between.
 
     Raises:
-        DatasetError: it cannot be read.
+        DatasetError: it cannot be read, or holds other values.
     """
-    with _opened(path) as image:
-        return image.size
-
-
-def open_image(path: Path, mode: str) -> np.ndarray:
-    """Decode an image file in one of Pillow's modes, [H, W, ...].
-
-    Raises:
-        DatasetError: it cannot be read.
-    """
-    with _opened(path) as image:
-        return np.array(image.convert(mode))
-
-
-def read_binary_mask(path: Path) -> np.ndarray:
-    """Decode a black-and-white picture of any kind (0/1, 0/255, RGB, palette) as bool [H, W], True = white.
-
-    Raises:
-        DatasetError: it holds other values than 0 and 255, or 0 and 1.
-    """
-    mask = open_image(path, "L")
-    values = np.unique(mask)
-    white = 1 if values.max() == 1 else 255
-    if not np.isin(values, (0, white)).all():
-        found = ", ".join(map(str, values[:6])) + (", ..." if len(values) > 6 else "")
+    with open_image(path) as image:
+        grey = np.array(to_rgb(image).convert("L"))
+    if grey.max() <= 1:
+        return grey == 1
+    between = (grey > LIGHTEST_BLACK) & (grey < DARKEST_WHITE)
+    if grey.max() < DARKEST_WHITE or between.mean() > LARGEST_SMEAR:
         raise DatasetError(
-            f"{path}: a mask must hold 0 and 255 (or 0 and 1) alone, but holds the values {found}; "
-            "save it again in black and white, without loss or smoothing"
+            f"{path}: a mask must be black and white, such as 0 and 255, or 0 and 1, but holds the values "
+            f"{_list(np.unique(grey))}; save it again in black and white, without loss or smoothing"
         )
-    return mask == white
+    return grey > 127
+
+
+def read_classes(path: str | Path, num_classes: int) -> np.ndarray:
+    """Decode a label as the class of each pixel, uint8 [H, W]: 0 is the background.
+
+    Args:
+        path: for one class a black-and-white picture, as `read_binary_mask` takes it; for more, a picture whose greys
+            or palette numbers are the classes, and 255 where nothing is known.
+        num_classes: without the background.
+
+    Raises:
+        DatasetError: it cannot be read, or holds other values.
+    """
+    if num_classes == 1:
+        return read_binary_mask(path).astype(np.uint8)
+    with open_image(path) as image:
+        levels = np.array(image if image.mode == "P" else to_rgb(image).convert("L"))
+    if ((levels > num_classes) & (levels != 255)).any():
+        raise DatasetError(
+            f"{path}: holds the values {_list(np.unique(levels))}, but --num-classes {num_classes} allows 0 "
+            f"(background) to {num_classes}; change the flag or the label"
+        )
+    return levels
+
+
+def _list(values: np.ndarray) -> str:
+    return ", ".join(map(str, values[:6])) + (", ..." if len(values) > 6 else "")

@@ -3,7 +3,8 @@
 import glob
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,9 @@ class PhotographError(DatasetError):
     """An image file cannot be used as a photograph; the message names it, what was found and what to do."""
 
 
-def read_photograph(path: str | Path) -> np.ndarray:
-    """Decode an image file of any format and mode that Pillow knows as RGB, uint8 [H, W, 3], the way up it is shown.
-
-    16-bit and floating-point greys are brought to 8 bits; transparent parts become black, as outside the field of view.
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file of any format and mode that Pillow knows, the way up it is shown.
 
     Raises:
         PhotographError: no such file, no image, a damaged one, or one of more than about 180 megapixels.
@@ -31,7 +31,7 @@ def read_photograph(path: str | Path) -> np.ndarray:
             # Pillow warns of odd metadata, and from 90 megapixels on; it refuses from 180.
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+                yield ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise PhotographError(f"{path}: no such file; give the path of a photograph") from error
     except UnidentifiedImageError as error:
@@ -44,7 +44,29 @@ def read_photograph(path: str | Path) -> np.ndarray:
         raise PhotographError(f"{path}: cannot be read ({reason}); copy the file anew from its source") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def read_photograph(path: str | Path) -> np.ndarray:
+    """Decode an image file as RGB, uint8 [H, W, 3], the way up it is shown.
+
+    16-bit and floating-point greys are brought to 8 bits; transparent parts become black, as outside the field of view.
+
+    Raises:
+        PhotographError: as `open_image`.
+    """
+    with open_image(path) as image:
+        return np.array(to_rgb(image))
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height in pixels of an image file, which is not decoded for it (unless it is stored turned).
+
+    Raises:
+        PhotographError: as `open_image`.
+    """
+    with open_image(path) as image:
+        return image.size
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_to_8_bit(np.array(image))).convert("RGB")
     if image.has_transparency_data:
@@ -75,7 +97,7 @@ def list_photographs(names: Iterable[str | Path]) -> list[Path]:
         matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]
         if not matches:
             raise PhotographError(f"{name}: no such file or folder, and no file matches it as a pattern")
-        found = [file for match in matches for file in (_images_in(match) if match.is_dir() else [match])]
+        found = [file for match in matches for file in (images_in(match) if match.is_dir() else [match])]
         if not found:
             endings = ", ".join(sorted(IMAGE_SUFFIXES))
             raise PhotographError(f"{name}: no photographs there; looked for files that end in {endings}")
@@ -83,8 +105,11 @@ def list_photographs(names: Iterable[str | Path]) -> list[Path]:
     return list(photographs.values())
 
 
-def _images_in(folder: Path) -> list[Path]:
-    # Archives made on a Mac hold "._name" companions.
+def images_in(folder: Path) -> list[Path]:
+    """The image files of a folder, sorted by name; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    # The order of a directory differs between machines. Archives made on a Mac hold "._name" companions.
     return sorted(
         file
         for file in folder.iterdir()

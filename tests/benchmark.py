@@ -38,6 +38,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+
 import predict
 import train
 from my_dataset import DRIVE_FOV_DIAMETER, DriveDataset
@@ -163,7 +164,8 @@ class Project(Subject):
         keep_freed_memory()
         train_data, val_data = open_datasets(args, device)
         self.path = val_data.img_list[0]  # of the photograph to predict
-        self.loader, self.val_loader = make_loaders(train_data, val_data, device, args, drop_last=False)
+        self.loader, val_loaders = make_loaders(train_data, val_data, device, args, drop_last=False)
+        (self.val_loader,) = val_loaders.values()
         torch.manual_seed(args.seed)
         self.model = create_model(**model_arguments(args)).to(device, memory_format=memory_format(args))
         self.batches = [next(iter(self.loader))] * _steps_at_once(device)
@@ -255,7 +257,7 @@ class Naive(Subject):
         super().__init__(args, device)
         self.photographs, self.val_photographs = (
             DecodedEachTime(dataset, args, augment)
-            for dataset, augment in zip(open_datasets(args, CPU), (True, False), strict=True)
+            for dataset, augment in zip(open_datasets(args, torch.device("cpu")), (True, False), strict=True)
         )
         self.path = self.val_photographs.files[0][0]
         torch.manual_seed(args.seed)
@@ -351,7 +353,7 @@ class DecodedEachTime(Dataset):
     """The photographs and labels of a `DriveDataset`, read from their files whenever they are asked for."""
 
     def __init__(self, dataset: DriveDataset, args: argparse.Namespace, augment: bool) -> None:
-        self.files = list(zip(dataset.img_list, dataset.manual, dataset.roi_mask, strict=True))
+        self.files = [(item.photograph, item.label, item.roi_mask) for item in dataset.files]
         self.args, self.augment = args, augment
 
     def __len__(self) -> int:
@@ -368,7 +370,7 @@ class DecodedEachTime(Dataset):
         return image, torch.from_numpy(np.array(label)).long()
 
     def _augmented(self, image: Image.Image, label: Image.Image) -> tuple[Image.Image, Image.Image]:
-        base, crop = self.args.base_size, self.args.crop_size
+        base, crop = self.args.base_size or min(image.size), self.args.crop_size
         size = [int(torch.randint(int(0.5 * base), int(1.2 * base) + 1, ()))]
         image = transforms.resize(image, size, transforms.InterpolationMode.BILINEAR)
         label = transforms.resize(label, size, transforms.InterpolationMode.NEAREST)
@@ -553,7 +555,7 @@ def main(args: argparse.Namespace) -> None:
         data_path = args.data_path or str(write_synthetic_drive(folder, training=12 + VALIDATED, test=1))
         flags = ["--data-path", data_path, "--val-split", str(VALIDATED), *args.train_flags]
         settled, device = _settle(flags)
-        photograph = open_datasets(settled, CPU)[1].img_list[0]
+        photograph = open_datasets(settled, torch.device("cpu"))[1].img_list[0]
         project, naive, rates = measure(flags, args.repeats)
         limit = limits(settled, photograph, rates)
     print(f"{describe(device)}: medians of {args.repeats}; limit at {max(rates.values()) / 1e9:.0f} GFLOP/s\n")

@@ -4,10 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from train_utils.synthetic_drive import write_synthetic_drive
+from train_utils.synthetic_drive import synthetic_photograph, write_synthetic_drive
 
 SMALL_RUN = ["--device", "cpu", "--base-c", "4", "--base-size", "80", "--crop-size", "48", "--lr", "0.05"]
 
@@ -19,6 +20,12 @@ torch.set_num_threads(1)
 def shared_drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that contains a small DRIVE: 6 training and 4 test photographs of 80 x 72 pixels. Do not change it."""
     return write_synthetic_drive(tmp_path_factory.mktemp("data"), training=6, test=4, width=80, height=72)
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Photographs of 360 x 340 pixels, each with its vessels and its field of view. Do not change them."""
+    return [synthetic_photograph(360, 340, np.random.default_rng(seed)) for seed in range(4)]
 
 
 @pytest.fixture

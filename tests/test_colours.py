@@ -3,12 +3,12 @@ import pytest
 
 from src.colours import blacken_bright_surroundings, channel_statistics, match_colours
 from src.field_of_view import field_of_view_diameter
-from tests.test_field_of_view import disc, framed
+from tests.pictures import disc, framed
 from train_utils.synthetic_drive import synthetic_photograph
 
 
-def test_bright_surroundings_become_black():
-    photograph, _, truth = synthetic_photograph(360, 340, np.random.default_rng(0))
+def test_bright_surroundings_become_black(synthetic):
+    photograph, _, truth = synthetic[0]
     white = blacken_bright_surroundings(framed(photograph, truth, (255, 255, 255)), truth)
     assert (white[~truth] == 0).all()
     inner = disc(340, 360, 300)

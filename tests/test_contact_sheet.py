@@ -4,14 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from train_utils.scoring import contact_sheet as sheets
 from train_utils.scoring.contact_sheet import (
-    BACKGROUND_COLOUR,
-    CAPTION,
     FALSE_ALARM,
-    GAP,
     HIT,
     MISS,
-    OUTSIDE_COLOUR,
     PANEL,
     SheetRow,
     contact_sheet,
@@ -43,7 +40,7 @@ def lab(colour, vision):
 
 @pytest.mark.parametrize("vision", VISION)
 def test_everybody_can_tell_the_colours_apart(vision):
-    colours = [HIT, FALSE_ALARM, MISS, BACKGROUND_COLOUR]
+    colours = [HIT, FALSE_ALARM, MISS, sheets.BACKGROUND_COLOUR]
     seen = [lab(colour, np.array(VISION[vision])) for colour in colours]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 40
 
@@ -52,7 +49,7 @@ def test_error_map():
     truth = np.array([[1, 0, 1, 0, 1]], bool)
     prediction = np.array([[1, 1, 0, 0, 0]], bool)
     inside = np.array([[1, 1, 1, 1, 0]], bool)
-    expected = [HIT, FALSE_ALARM, MISS, BACKGROUND_COLOUR, OUTSIDE_COLOUR]
+    expected = [HIT, FALSE_ALARM, MISS, sheets.BACKGROUND_COLOUR, sheets.OUTSIDE_COLOUR]
     assert error_map(truth, prediction, inside).tolist() == [[list(colour) for colour in expected]]
 
 
@@ -67,11 +64,11 @@ def test_panels_in_order():
 
     def at(panel, x, y):
         """The colour in the middle of a quarter of the panel; its picture is PANEL wide."""
-        column = panel * (PANEL + GAP) + PANEL * (1 + 2 * x) / 4
+        column = panel * (PANEL + sheets.GAP) + PANEL * (1 + 2 * x) / 4
         row = PANEL / 2 + (2 * y - 1) / 4 * PANEL * height / width
         return strip.getpixel((int(column), int(row)))
 
-    assert strip.size == (4 * PANEL + 3 * GAP, PANEL)
+    assert strip.size == (4 * PANEL + 3 * sheets.GAP, PANEL)
     assert {at(0, x, y) for x in (0, 1) for y in (0, 1)} == {RED}
     assert [at(1, 0, 0), at(1, 1, 0)] == [(255, 255, 255), (0, 0, 0)]
     assert [at(2, 0, 0), at(2, 0, 1)] == [(255, 255, 255), (0, 0, 0)]
@@ -87,16 +84,16 @@ def test_photographs_of_drive_keep_their_size():
 
 
 def plain_row(name, dice, colour):
-    return SheetRow(name, dice, Image.new("RGB", (4 * PANEL + 3 * GAP, PANEL), colour))
+    return SheetRow(name, dice, Image.new("RGB", (4 * PANEL + 3 * sheets.GAP, PANEL), colour))
 
 
 def test_sheet():
     rows = [plain_row("a very long name of a photograph_test", 0.1, RED), plain_row("b", 0.2, BLUE)]
     sheet = np.array(contact_sheet(rows, 2, "heading"))
-    assert sheet.shape[1] == rows[0].strip.width + 2 * GAP + CAPTION
-    column = sheet[:, GAP + CAPTION + PANEL // 2]
+    assert sheet.shape[1] == rows[0].strip.width + 2 * sheets.GAP + sheets.CAPTION
+    column = sheet[:, sheets.GAP + sheets.CAPTION + PANEL // 2]
     red, blue = (np.flatnonzero((column == colour).all(1)) for colour in (RED, BLUE))
     assert len(red) == len(blue) == PANEL and red.max() < blue.min()
-    caption = sheet[red.min() : red.max(), : CAPTION + GAP]
+    caption = sheet[red.min() : red.max(), : sheets.CAPTION + sheets.GAP]
     assert (caption < 100).any()  # something is written
     assert (caption[:, -6:] == 255).all()  # and does not run into the panels

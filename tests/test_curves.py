@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from train_utils.scoring.curves import CURVE, CURVE_HEIGHT, CURVES_WIDTH, MARGIN_LEFT, MARGIN_RIGHT, _value_axis, curves
+from train_utils.scoring import curves as drawn
+from train_utils.scoring.curves import curves
 
 
 def history(epochs):
@@ -19,16 +20,16 @@ def history(epochs):
 @pytest.mark.parametrize("epochs", [range(8), range(3, 5), range(1)])
 def test_curves(epochs):
     picture = curves(history(epochs), "test")
-    assert picture.size == (CURVES_WIDTH, 3 * CURVE_HEIGHT + 30)
-    blue = (np.array(picture) == CURVE).all(2)
+    assert picture.size == (drawn.CURVES_WIDTH, 3 * drawn.CURVE_HEIGHT + 30)
+    blue = (np.array(picture) == drawn.CURVE).all(2)
     for chart in range(3):
-        assert blue[chart * CURVE_HEIGHT : (chart + 1) * CURVE_HEIGHT].any()
+        assert blue[chart * drawn.CURVE_HEIGHT : (chart + 1) * drawn.CURVE_HEIGHT].any()
 
 
 def test_curves_mark_the_best_epoch():
-    blue = (np.array(curves(history(range(9)), "test")) == CURVE).all(2)[2 * CURVE_HEIGHT :]
+    blue = (np.array(curves(history(range(9)), "test")) == drawn.CURVE).all(2)[2 * drawn.CURVE_HEIGHT :]
     rows, columns = np.nonzero(blue)
-    left, right = MARGIN_LEFT, CURVES_WIDTH - MARGIN_RIGHT
+    left, right = drawn.MARGIN_LEFT, drawn.CURVES_WIDTH - drawn.MARGIN_RIGHT
     dot = [np.count_nonzero(columns == left + int((right - left) * epoch / 8)) for epoch in (1, 4, 7)]
     assert dot[1] > dot[0] and dot[1] > dot[2]
 
@@ -37,7 +38,7 @@ def test_curves_mark_the_best_epoch():
     "low, high", [(0, 0), (0.8, 0.8), (0, 0.01), (-1, 1), (0.123, 17.2), (1e-9, 2e-9), (0.81, 0.812)]
 )
 def test_axes_reach_over_the_values(low, high):
-    ticks, place = _value_axis(low, high, 100, 0)
+    ticks, place = drawn._value_axis(low, high, 100, 0)
     assert 3 <= len(ticks) <= 9
     assert ticks[0] <= low + 1e-6 * abs(low) and high - 1e-6 * abs(high) <= ticks[-1]
     assert place(ticks[0]) == pytest.approx(100) and place(ticks[-1]) == pytest.approx(0, abs=1e-6)

@@ -1,3 +1,4 @@
+import argparse
 import os
 
 import pytest
@@ -50,6 +51,8 @@ def test_loading_leaves_the_global_generator_alone_between_samples(shared_drive)
 
 
 class WhoLoads(Dataset):
+    files = [argparse.Namespace(root="everywhere")] * 4
+
     def __len__(self):
         return 4
 
@@ -78,7 +81,7 @@ def test_training_shards(monkeypatch, world_size):
     shards = []
     for rank in range(world_size):
         as_rank(monkeypatch, rank, world_size)
-        sampler = TrainingSampler(7, seed=3)
+        sampler = TrainingSampler([None] * 7, seed=3)
         sampler.set_epoch(1)
         shards.append(list(sampler))
         assert len(shards[-1]) == len(sampler) == -(-7 // world_size)
@@ -93,7 +96,7 @@ def test_training_shards_of_a_given_number_of_samples(monkeypatch, world_size):
     shards = []
     for rank in range(world_size):
         as_rank(monkeypatch, rank, world_size)
-        sampler = TrainingSampler(7, seed=3, samples=10)
+        sampler = TrainingSampler([None] * 7, seed=3, samples=10)
         shards.append(list(sampler))
         assert len(shards[-1]) == len(sampler) == 10
     drawn = [sample for together in zip(*shards, strict=True) for sample in together]

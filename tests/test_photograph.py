@@ -17,9 +17,6 @@ def picture(height=24, width=40, seed=0):
     return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
-# ---- reading
-
-
 @pytest.mark.parametrize("suffix", ["tif", "png", "bmp", "ppm", "TIF", "PNG", "webp"])
 def test_lossless_formats_are_read_exactly(tmp_path, suffix):
     path = tmp_path / f"photograph.{suffix}"

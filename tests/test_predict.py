@@ -19,8 +19,8 @@ from src.inference import for_inference
 from src.photograph import read_photograph
 from src.roi_mask import choose_field_of_view
 from src.segment import normalise, segment
+from tests.pictures import disc
 from tests.test_checkpoint import save_as_the_tutorial
-from tests.test_field_of_view import disc
 from tests.test_photograph import make_broken
 from train_utils import load_model, save_checkpoint
 from train_utils.command_line import run_script

@@ -18,7 +18,7 @@ from tests.conftest import SMALL_RUN
 from train_utils import load_checkpoint, load_model
 from train_utils.checkpoint import normalization_of
 from train_utils.command_line import run_script
-from train_utils.data_loading import open_photographs, training_loader
+from train_utils.data_loading import reading, training_loader
 from train_utils.recipes import RECIPES
 from train_utils.scoring import measure
 from transforms import get_transform
@@ -119,6 +119,19 @@ def test_three_steps_of_the_tutorials_recipe(shared_drive, working_directory):
     assert losses() == pytest.approx(expected, abs=1e-4)
 
 
+def stop_after_steps(steps, patch):
+    original = torch.optim.SGD.step
+    taken = []
+
+    def step(*args, **kwargs):
+        if len(taken) == steps:
+            raise KeyboardInterrupt
+        taken.append(None)
+        return original(*args, **kwargs)
+
+    patch.setattr(torch.optim.SGD, "step", step)
+
+
 @pytest.fixture(scope="module")
 def quick_weights(shared_drive, tmp_path_factory):
     """The weights of a short run that takes all that the recipes may ask for."""
@@ -172,8 +185,12 @@ def test_the_average_is_that_of_the_steps(shared_drive, working_directory, monke
 
 def test_predict_obeys_the_weights_and_agrees_with_the_scores(quick_weights, shared_drive, tmp_path):
     model, checkpoint = load_model(quick_weights, CPU)
-    transform = get_transform(False, checkpoint["mean"], checkpoint["std"])
-    data = open_photographs(shared_drive, False, transform, normalization_of(checkpoint))
+    data = DriveDataset(
+        shared_drive,
+        False,
+        get_transform(False, checkpoint["mean"], checkpoint["std"]),
+        **reading(normalization_of(checkpoint), checkpoint["fov_diameter"], 1),
+    )
     predict.main(
         predict.parse_args(
             ["--weights", str(quick_weights), "--output", str(tmp_path), "--image", *map(str, data.img_list)]

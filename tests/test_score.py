@@ -56,7 +56,7 @@ def weights(shared_drive, tmp_path_factory):
         model.out_conv[0].bias[0] += scale * log_odds.mean() + 1
     path = tmp_path_factory.mktemp("weights") / "model.pth"
     content = {"model": model.state_dict(), "model_args": model.model_args, "mean": list(MEAN), "std": list(STD)}
-    save_checkpoint(content | {"epoch": 7, "note": {"kept": [1, 2]}}, path)
+    save_checkpoint(content | {"fov_diameter": 69.0, "epoch": 7, "note": {"kept": [1, 2]}}, path)
     return path
 
 
@@ -94,8 +94,8 @@ def predictions(weights, data, threshold=0.5):
     for index in range(len(dataset)):
         with torch.no_grad():
             probability = torch.softmax(model(dataset[index][0].unsqueeze(0))["out"].double(), 1)[0, 1]
-        inside = read_binary_mask(dataset.roi_mask[index])
-        yield probability.numpy(), read_binary_mask(dataset.manual[index]), inside
+        files = dataset.files[index]
+        yield probability.numpy(), read_binary_mask(files.label), read_binary_mask(files.roi_mask)
 
 
 def test_all_numbers_against_scikit_learn(shared_drive, weights, working_directory):
@@ -219,8 +219,8 @@ def test_second_observer(drive, weights, working_directory, capsys):
     assert "second observer (3 photographs)" in capsys.readouterr().out
 
     Image.new("L", (9, 9)).save(folder / "2nd_manual" / "02_manual2.gif")
-    flags = ["--data-path", str(drive), "--resume", str(weights)]
-    assert "02_manual2.gif: is 9 x 9 pixels, but its photograph" in fails(capsys, *flags)
+    assert test_only(drive, weights)["field_of_view"]["second_observer"]["photographs"] == 3
+    assert "02_manual2.gif: is 9 x 9 pixels, but its photograph" in capsys.readouterr().out
 
     shutil.rmtree(folder / "2nd_manual")
     assert test_only(drive, weights)["field_of_view"]["second_observer"] is None
@@ -255,9 +255,11 @@ def test_photographs_without_vessels(drive, weights, working_directory):
 
 def test_missing_test_labels(drive, weights, working_directory, capsys):
     shutil.rmtree(drive / "DRIVE" / "test" / "1st_manual")
+    report = test_only(drive, weights)
+    assert report["photographs"] == ["26_training"] and report["scored_on"] == "labelled"
+    shutil.rmtree(drive / "DRIVE" / "training")
     message = fails(capsys, "--data-path", str(drive), "--resume", str(weights))
-    assert "1st_manual: no labels of the test photographs there (the official download has none)" in message
-    assert not Path("scores.json").exists()
+    assert "01_test.tif: its label" in message and "01_manual1.gif is missing" in message
 
 
 def test_missing_weights(shared_drive, working_directory, capsys):
@@ -378,15 +380,17 @@ def test_honest_selection(drive, working_directory, capsys):
 
 
 def test_training_without_test_labels(drive, working_directory, capsys):
+    """As with the official download: what was held out is scored."""
     shutil.rmtree(drive / "DRIVE" / "test" / "1st_manual")
     small_run(drive)
-    assert "holds no labels, so best_model.pth is not scored" in capsys.readouterr().out
-    assert Path("curves.png").exists() and not Path("scores.json").exists()
+    assert "on 1 held-out training photographs (26_training to 26_training)" in capsys.readouterr().out
+    report = json.loads(Path("scores.json").read_text())
+    assert report["selected_on"] == "held-out training (26)" and report["scored_on"] == "held-out training"
     assert "threshold" not in load_checkpoint("best_model.pth")
 
     small_run(drive, "--threshold", "auto")
     value = load_checkpoint("best_model.pth")["threshold"]
-    line = f"threshold: {value:.4g} (auto: best Dice on held-out training (23, 24, 25, 26) photographs), stored in"
+    line = f"threshold: {value:.4g} (auto: best Dice on held-out training (26) photographs)"
     assert line in capsys.readouterr().out
 
 

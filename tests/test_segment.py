@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torchvision.transforms.v2 import functional as F
 from my_dataset import DRIVE_MEAN, DRIVE_STD
 from src import create_model
 from src import segment as segment_module
-from src.segment import match_scale, normalise, segment
+from src.segment import match_scale, normalise, segment, widening
 from transforms import get_transform
 
 
@@ -228,3 +230,11 @@ def test_on_a_gpu(unet, amp_dtype):
     found = run(on_gpu, photograph, tile=160, batch_size=2, amp_dtype=amp_dtype)
     assert found.device.type == "cpu" and found.dtype == torch.float64
     torch.testing.assert_close(found, expected, atol=0.02 if amp_dtype else 0.002, rtol=0)
+
+
+def test_vessels_of_photographs_that_are_shrunk_more():
+    """The log-odds of the threshold grow with the logarithm of the shrinking, never below those of the training."""
+    assert widening(1.0, None) == widening(0.2, None) == 0  # weights of earlier versions, and the tutorial's
+    assert widening(1.0, 1.0) == widening(0.96, 1.0) == widening(2.0, 1.0) == widening(0.3, 0.3) == 0
+    assert widening(0.5, 1.0) == pytest.approx(0.75 * math.log(2))
+    assert widening(0.15, 0.3) == pytest.approx(widening(0.5, 1.0))

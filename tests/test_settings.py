@@ -24,21 +24,17 @@ from train_utils.synthetic_drive import write_synthetic_drive
 from train_utils.training_state import TrainingState
 from transforms import AUGMENTATIONS, get_transform
 
-CPU, META = torch.device("cpu"), torch.device("meta")
-CUDA = torch.device("cuda", 0)  # settling a flag needs no GPU
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)  # settling a flag needs no GPU
 
 
 @pytest.fixture
-def settled(shared_drive, monkeypatch):
-    """Settle train.py's flags for a device, with so many bytes free on the GPU."""
-
-    def settle_flags(device, *flags, free=10**9):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
-        args = train.parse_args(["--data-path", str(shared_drive), *flags])
+def settled(shared_drive):
+    def settled(device, *flags):
+        args = train.parse_args(["--data-path", str(shared_drive), "--no-device-data", *flags])
         settle(args, device)
         return args
 
-    return settle_flags
+    return settled
 
 
 def run(data, *flags):
@@ -108,21 +104,27 @@ def test_memory_format_by_device(settled, monkeypatch):
     assert settled(CUDA).channels_last is False and settled(CUDA, "--amp").channels_last is True
 
 
-def test_photographs_go_to_a_gpu_where_they_fit(settled):
+def test_photographs_go_to_a_gpu_where_they_fit(shared_drive, monkeypatch):
     size = 10 * 80 * 72 * 4  # 6 + 4 photographs, three colours and a label
+    moved = []
+    monkeypatch.setattr(DriveDataset, "to", lambda self, device: moved.append(device) or self)
     for device, free, flags, expected in (
         (CUDA, 4 * size, [], True),
         (CUDA, 4 * size - 4, [], False),
-        (CUDA, 4 * size * 6 // 10, ["--val-split", "2"], True),  # the test photographs are not opened then
-        (CUDA, 4 * size * 6 // 10 - 4, ["--val-split", "2"], False),
         (CUDA, 0, ["--device-data"], True),
         (CUDA, 4 * size, ["--no-device-data"], False),
         (CPU, 4 * size, [], False),
         (CPU, 0, ["--device-data"], True),
     ):
-        args = settled(device, "-j", "3", *flags, free=free)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * free))
+        args = train.parse_args(["--data-path", str(shared_drive), "-j", "3", *flags])
+        moved.clear()
+        settle(args, device)
+        datasets = open_datasets(args, device)
         assert args.device_data is expected
+        assert moved == ([device, device] if expected else [])
         assert args.workers == (0 if expected else 3)
+        assert sum(array.nbytes for data in datasets for array in (*data.images, *data.labels)) == size
 
 
 @pytest.mark.parametrize("device_data", [True, False])
@@ -147,8 +149,17 @@ def test_nothing_that_can_be_settled_is_left_open(settled, flags):
     for device in (CPU, CUDA):
         args = vars(settled(device, *flags))
         left_open = {name for name, value in args.items() if value is None}
-        # Without them: no mixed precision, each photograph once an epoch, no backbone; flips as the weights say.
-        assert left_open <= {"amp_dtype", "steps_per_epoch", "backbone_weights", "tta", "workers"}
+        # None is a value of its own here: no mixed precision, each photograph once an epoch, its own size, ...
+        assert left_open <= {
+            "amp_dtype",
+            "steps_per_epoch",
+            "backbone_weights",
+            "tta",
+            "workers",
+            "base_size",
+            "fold",
+            "masks",
+        }
         assert (args["amp_dtype"] is None) == (not args["amp"]) and (args["tta"] is None) == ("--tta" not in flags)
 
 
@@ -162,7 +173,7 @@ def test_settling_twice_changes_nothing(settled):
 def test_flips_are_settled_by_the_checkpoint_unless_asked_for(shared_drive):
     for flags, stored, expected in (([], True, True), ([], False, False), (["--no-tta"], True, False)):
         args = train.parse_args(["--data-path", str(shared_drive), *flags])
-        settle(args, CPU, {"tta": stored})
+        settle(args, CPU, {"tta": stored, "args": {}})
         assert args.tta is expected
 
 
@@ -313,7 +324,7 @@ def test_evaluation_in_batches_is_the_mean_over_photographs(shared_drive):
         confusion_matrix, dice = evaluate(model, loader, CPU, 2, per_photograph=True)
         assert confusion_matrix.mat.tolist() == plain[0].mat.tolist()
         assert dice == pytest.approx(plain[1], abs=1e-6)
-    data.images.pop(), data.labels.pop(), data.img_list.pop()  # three photographs: batches of 2 and 1
+    data.images.pop(), data.labels.pop(), data.files.pop()  # three photographs: batches of 2 and 1
     plain = evaluate(model, evaluation_loader(data, 0, pin_memory=False), CPU, 2)
     loader = evaluation_loader(data.to(CPU), 0, pin_memory=False, batch_pixels=2 * 80 * 72)
     assert sorted(len(image) for image, _ in loader) == [1, 2]
@@ -396,6 +407,9 @@ class HostCopies(TorchFunctionMode):
         moved = function is torch.Tensor.to and args[0].device not in places and self.device in places
         self.count += made or (moved and not kwargs.get("non_blocking"))
         return function(*args, **kwargs)
+
+
+META = torch.device("meta")
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_defaults_are_the_tutorials():
         "save_best": True,
         "amp": False,
     }
-    ours = {"seed": 0, "base_c": 32, "crop_size": 480, "base_size": 565, "output_dir": "./save_weights"}
+    ours = {"seed": 0, "base_c": 32, "crop_size": 480, "base_size": None, "output_dir": "./save_weights"}
     assert tutorial | ours == {name: args[name] for name in tutorial | ours}
     assert flags("-b", "2", "--wd", "0.1").batch_size == 2 and flags("--weight-decay", "0.1").weight_decay == 0.1
 
@@ -187,8 +187,8 @@ def test_training_folder_alone_holds_some_out(drive, working_directory, capsys):
         label.unlink()
     run(drive, "--epochs", "1")
     output = capsys.readouterr().out
-    assert "1st_manual holds no labels (the official download has none): validating on the last 4" in output
-    assert load_checkpoint("save_weights/last_model.pth")["args"]["val_split"] == 4
+    assert "test has no labels (the official download of DRIVE has none): validating on the last 1 training" in output
+    assert load_checkpoint("save_weights/last_model.pth")["args"]["val_split"] == 1
 
 
 def test_two_training_photographs_alone(drive, working_directory, capsys):
@@ -205,7 +205,7 @@ def test_val_split_trains_on_the_rest(shared_drive, working_directory, monkeypat
     run(shared_drive, "--val-split", "2")
     training, validation = loaders
     assert [path.name[:2] for path in training.dataset.dataset.img_list] == ["21", "22", "23", "24"]
-    assert [path.name[:2] for path in validation.dataset.img_list] == ["25", "26"]
+    assert [path.name[:2] for path in validation["DRIVE"].dataset.img_list] == ["25", "26"]
 
 
 def test_amp_on_a_cpu_is_bfloat16_and_says_so(shared_drive, working_directory, monkeypatch, capsys):

@@ -246,11 +246,11 @@ def train_with_a_nan_on_rank_1(meeting_point, data):
     original = train_multi_GPU.make_loaders
 
     def poisoned(*arguments, **kwargs):
-        loader, val_loader = original(*arguments, **kwargs)
+        loader, val_loaders = original(*arguments, **kwargs)
         if args.rank == 1:
             collate = loader.collate_fn
             loader.collate_fn = lambda batch: (collate(batch)[0] * float("nan"), collate(batch)[1])
-        return loader, val_loader
+        return loader, val_loaders
 
     train_multi_GPU.make_loaders = poisoned
     try:

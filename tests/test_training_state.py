@@ -3,6 +3,7 @@ import torch
 
 import train
 import train_multi_GPU
+from train_utils.settings import settle
 from train_utils.training_state import UNREPORTED, TrainingState
 
 CPU = torch.device("cpu")
@@ -111,9 +112,14 @@ def test_steps_of_adamw_are_counted_where_a_fused_kernel_looks_for_them():
     assert [group["fused"] for group in seen[0]["param_groups"]] == [True]
 
 
-@pytest.mark.parametrize(("flags", "stored"), [(["--tta"], True), (["--no-tta"], False), ([], False)])
-def test_flips_are_stored(flags, stored):
-    assert as_loaded(new_state(*flags))["tta"] is stored
+def test_flips_are_remembered(shared_drive):
+    checkpoint = as_loaded(new_state("--tta"))
+    restored, told_otherwise = new_state(), new_state("--no-tta")
+    for state in (restored, told_otherwise):
+        state.args.data_path = str(shared_drive)
+        settle(state.args, CPU, checkpoint)
+        state.restore(checkpoint)
+    assert restored.checkpoint()["tta"] is True and told_otherwise.checkpoint()["tta"] is False
 
 
 def test_changes_against_a_checkpoint_that_does_not_name_them(capsys):

@@ -35,7 +35,7 @@ def to_arrays(image, target):
         T.RandomVerticalFlip(0.5),
         T.RandomCrop(70),
         T.CenterCrop(55),
-        T.RandomAffineCrop(70, 40, 60),
+        T.RandomAffineCrop(70, 40, 60, 1),
     ],
 )
 def test_no_new_label_values_and_image_stays_on_its_label(transform, kind):
@@ -103,7 +103,7 @@ def test_affine_crop_by_hand(monkeypatch):
     """Without zoom and turn it is a crop; half a turn and a mirror are flips; a quarter turn transposes."""
     image, label = pair(height=40, width=40)
     pixels, values = np.array(image) / 255, np.array(label)
-    whole = T.RandomAffineCrop(40, 40, 40)
+    whole = T.RandomAffineCrop(40, 40, 40, 1)
     for turn, mirror, expected in (
         (0, 0.7, lambda picture: picture),
         (0.5, 0.7, lambda picture: picture[::-1, ::-1]),
@@ -115,18 +115,18 @@ def test_affine_crop_by_hand(monkeypatch):
         assert np.allclose(cropped.permute(1, 2, 0).numpy(), expected(pixels), atol=1e-4)
         assert np.array_equal(target.numpy(), expected(values))
     draw(monkeypatch, 0, 0, 0.7, 0.5, 0.0)
-    cropped, target = T.RandomAffineCrop(20, 40, 40)(image, label)
+    cropped, target = T.RandomAffineCrop(20, 40, 40, 1)(image, label)
     assert np.allclose(cropped.permute(1, 2, 0).numpy(), pixels[:20, 10:30], atol=1e-4)
     assert np.array_equal(target.numpy(), values[:20, 10:30])
     draw(monkeypatch, 1, 0, 0.7, 0.5, 0.5)  # the whole picture at twice its size
-    doubled = T.RandomAffineCrop(80, 40, 80)(image, label)[1].numpy()
+    doubled = T.RandomAffineCrop(80, 40, 80, 1)(image, label)[1].numpy()
     assert np.array_equal(doubled, values.repeat(2, axis=0).repeat(2, axis=1))
 
 
 def test_beyond_the_frame_an_affine_crop_is_black_and_ignored(monkeypatch):
     draw(monkeypatch, 0, 0.125, 0.7, 0.5, 0.5)
     image, label = Image.new("RGB", (40, 40), "white"), Image.new("L", (40, 40), 1)
-    image, label = T.RandomAffineCrop(40, 40, 40)(image, label)
+    image, label = T.RandomAffineCrop(40, 40, 40, 1)(image, label)
     corners = [(row, column) for row in (0, -1) for column in (0, -1)]
     assert all(label[corner] == 255 and (image[:, corner[0], corner[1]] == 0).all() for corner in corners)
     assert label[20, 20] == 1 and set(label.unique().tolist()) == {1, 255}
@@ -165,7 +165,7 @@ def test_evaluation_preset_by_hand(kind):
 
 def test_training_preset_is_the_tutorials():
     preset = T.get_transform(train=True, mean=(0.5,) * 3, std=(0.5,) * 3)
-    steps = preset.transforms.transforms
+    steps = preset.transforms
     assert [type(step) for step in steps] == [
         T.RandomResize,
         T.RandomHorizontalFlip,
@@ -179,3 +179,27 @@ def test_training_preset_is_the_tutorials():
     image, label = preset(*pair(584, 565))
     assert image.shape == (3, 480, 480) and label.shape == (480, 480)
     assert set(label.unique().tolist()) <= {0, 1, 255}
+
+
+def test_any_camera_is_a_crop_of_the_photograph_and_its_label():
+    """Whatever is done to light, colours and shape, the label stays on what it labels."""
+    rng = np.random.default_rng(0)
+    photograph = rng.integers(90, 110, (300, 300, 3)).astype(np.uint8)
+    label = np.zeros((300, 300), np.uint8)
+    for line in range(20, 300, 40):
+        label[line : line + 8] = 1
+    photograph[label == 1] //= 2
+    preset = T.SegmentationPresetAnyCamera(None, 128, mean=(0.36,) * 3, std=(0.08,) * 3)
+    seen, different = [], []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        image, target = preset(Image.fromarray(photograph), Image.fromarray(label))
+        assert image.shape == (3, 128, 128) and image.dtype == torch.float32 and image.isfinite().all()
+        assert target.shape == (128, 128) and set(target.unique().tolist()) <= {0, 1, 255}
+        seen.append((image[:, target == 0].mean() - image[:, target == 1].mean()).item())
+        different.append(image[:, target == 0].mean().item())
+        torch.manual_seed(seed)
+        again, _ = preset(Image.fromarray(photograph), Image.fromarray(label))
+        assert torch.equal(image, again)
+    assert min(seen) > 1  # standard deviations: vessels stay darker
+    assert np.std(different) > 0.1 and np.std(seen) > 0.1  # the light and the contrast vary

@@ -2,10 +2,13 @@
 
 A checkpoint is a dict of tensors and plain values with the tutorial's keys (`model`, `optimizer`, `lr_scheduler`,
 `epoch`, `args`, with AMP `scaler`) and this project's: `model_args` (of `src.create_model`), `mean` and `std` (how the
-photographs were normalised), `normalization` (the `kind` of `src.colours.Normalization`), `fov_diameter` (the diameter
-of their fields of view, pixels), `best_dice`, `history` (the rows of the results files), `selected_on` (the photographs
-that the best epoch was chosen on), `tta` (whether to average over flips). Two keys are optional: `training_model` (the
-weights to continue from, if `model` is an average) and `threshold` (the probability above which a pixel is a vessel).
+photographs were normalised), `normalization` (unless it is "dataset", each was first brought to that mean and std, see
+`src.colours.prepare`), `fov_diameter` (the working diameter: pixels across the field of view that every photograph is
+brought to), `trained_scale` (what the training photographs were resized by for that), `trained_on` and
+`validated_on` (digests of the photographs' files), `best_dice`, `history` (the rows of the results files),
+`selected_on` (the photographs that the best epoch was chosen on), `tta` (whether to take the mean over flips). Two keys
+are optional: `training_model` (the weights to continue from, if `model` is an average) and `threshold` (the probability
+above which a pixel is a vessel, at the training photographs' scale).
 """
 
 import argparse
@@ -114,9 +117,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     checkpoint.setdefault("mean", list(DRIVE_MEAN))
     checkpoint.setdefault("std", list(DRIVE_STD))
     checkpoint.setdefault("normalization", "dataset")
-    checkpoint.setdefault("fov_diameter", DRIVE_FOV_DIAMETER)
     args = checkpoint.get("args", {})
     checkpoint["args"] = vars(args) if isinstance(args, argparse.Namespace) else args
+    checkpoint.setdefault("fov_diameter", DRIVE_FOV_DIAMETER)
     return checkpoint
 
 

@@ -74,6 +74,16 @@ def fraction(text: str) -> float:
     return number
 
 
+def fold_of_folds(text: str) -> str:
+    """A flag's type: "K/N", the K-th of N folds."""
+    number, _, folds = text.partition("/")
+    if not (number.isascii() and number.isdigit() and folds.isascii() and folds.isdigit()) or not (
+        1 <= int(number) <= int(folds) and int(folds) >= 2
+    ):
+        raise argparse.ArgumentTypeError(f"must be K/N, the K-th of N folds, such as 1/5, found {text!r}")
+    return f"{int(number)}/{int(folds)}"
+
+
 def boolean(text: str) -> bool:
     values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in values:

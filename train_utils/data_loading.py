@@ -6,10 +6,11 @@ what makes a resumed run end in the same weights as an undisturbed one.
 
 import argparse
 import functools
+import itertools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,47 +22,58 @@ from src.colours import Normalization, prepare
 from transforms import get_transform
 
 from .command_line import UsageError
-from .distributed_utils import get_rank, get_world_size
-from .settings import evaluation_pixels
+from .distributed_utils import get_rank, get_world_size, is_main_process
+from .settings import evaluation_pixels, fold, roots
 
 
-def open_photographs(
-    root: str, train: bool, transform: Callable, normalization: Normalization, val_split: int = 0
-) -> DriveDataset:
-    """Photographs with the colours that a model with this normalization is to see."""
-    prepared = None if normalization.kind == "dataset" else functools.partial(prepare, normalization=normalization)
-    return DriveDataset(root, train, transform, val_split=val_split, prepare=prepared)
+def reading(normalization: Normalization, fov_diameter: float | None, num_classes: int) -> dict[str, Any]:
+    """How `DriveDataset` reads photographs for a model of this normalization, working diameter (pixels) and classes."""
+    return {
+        "prepare": functools.partial(prepare, normalization=normalization),
+        "fov_diameter": fov_diameter,
+        "num_classes": num_classes,
+    }
 
 
 def open_datasets(args: argparse.Namespace, device: torch.device) -> tuple[DriveDataset, DriveDataset]:
     """The photographs to train and to validate on, in the memory of `device` with `args.device_data`.
 
     Raises:
-        DatasetError: files are missing or unusable.
+        DatasetError: files are missing or unusable, or a class occurs in no label.
         UsageError: they do not fit into the device's memory.
     """
     normalization = Normalization(args.normalization, args.mean, args.std)
-    datasets = (
-        open_photographs(
-            args.data_path,
+    datasets = []
+    for train in (True, False):
+        data = DriveDataset(
+            roots(args),
             train,
             get_transform(train, args.mean, args.std, args.base_size, args.crop_size, args.augmentation),
-            normalization,
-            args.val_split,
+            val_split=args.val_split,
+            fold=fold(args),
+            **reading(normalization, args.fov_diameter, args.num_classes),
         )
-        for train in (True, False)
-    )
-    try:
-        train_data, val_data = (data.to(device) if args.device_data else data for data in datasets)
-    except torch.OutOfMemoryError as error:
-        raise UsageError("--device-data: the photographs do not fit into the GPU's memory; leave it out") from error
-    return train_data, val_data
+        data.require_classes(args.num_classes)
+        try:
+            datasets.append(data.to(device) if args.device_data else data)
+        except torch.OutOfMemoryError as error:
+            raise UsageError("--device-data: the photographs do not fit into the GPU's memory; leave it out") from error
+    without = [item for data in datasets for item in data.files if item.roi_mask is None]
+    if without and is_main_process():
+        print(
+            f"{len(without)} of {sum(map(len, datasets))} photographs have no ROI mask ({without[0].photograph}"
+            f"{', ...' if len(without) > 1 else ''}): their fields of view are found in the photographs"
+        )
+    return datasets[0], datasets[1]
 
 
 def make_loaders(
     train_data: DriveDataset, val_data: DriveDataset, device: torch.device, args: argparse.Namespace, *, drop_last: bool
-) -> tuple[DataLoader, DataLoader]:
-    """The loaders of both training scripts; `drop_last` leaves out the last batch of an epoch if it is not full."""
+) -> tuple[DataLoader, dict[str, DataLoader]]:
+    """The loaders of both training scripts, for validation one for each data set by its name.
+
+    `drop_last` leaves out the last batch of an epoch if it is not full.
+    """
     workers = default_workers(device, args.batch_size) if args.workers is None else args.workers
     pin_memory = device.type == "cuda" and not args.device_data
     train_loader = training_loader(
@@ -72,9 +84,13 @@ def make_loaders(
         drop_last=drop_last,
         pin_memory=pin_memory,
         steps=args.steps_per_epoch,
+        equal=args.sampling == "equal",
     )
-    val_loader = evaluation_loader(val_data, workers, pin_memory=pin_memory, batch_pixels=evaluation_pixels(args))
-    return train_loader, val_loader
+    val_loaders = {
+        name: evaluation_loader(data, workers, pin_memory=pin_memory, batch_pixels=evaluation_pixels(args))
+        for name, data in val_data.by_root().items()
+    }
+    return train_loader, val_loaders
 
 
 def derive_seed(*numbers: int) -> int:
@@ -104,14 +120,20 @@ class TrainingSampler(Sampler):
     Where the processes do not divide the samples, the first of the permutation are used again (as PyTorch's
     DistributedSampler does), so that all processes take equally many steps. With `samples`, an epoch has so many in
     each process, out of as many permutations as that takes. Call `set_epoch` before each epoch.
+
+    Args:
+        groups: of each sample, the group that it belongs to. All groups are drawn equally often, whatever their size.
+        seed: of the run.
+        samples: an epoch's, in each process; None: as many as there are.
     """
 
-    def __init__(self, length: int, seed: int, samples: int | None = None) -> None:
-        self.length = length
+    def __init__(self, groups: Sequence[Hashable], seed: int, samples: int | None = None) -> None:
+        self.groups = [[i for i, group in enumerate(groups) if group == one] for one in dict.fromkeys(groups)]
         self.seed = seed
         self.epoch = 0
         self.rank, self.world_size = get_rank(), get_world_size()
-        self.samples = samples
+        self.samples = samples or -(-len(groups) // self.world_size)
+        self.repeats = samples is None and len(self.groups) == 1  # where the processes do not divide the samples
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -119,14 +141,25 @@ class TrainingSampler(Sampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
         total = len(self) * self.world_size
-        order = torch.randperm(self.length, generator=generator).tolist()
-        while self.samples and len(order) < total:
-            order += torch.randperm(self.length, generator=generator).tolist()
+        if len(self.groups) == 1:
+            drawn = self._permutations(self.groups[0], generator)
+        else:
+            turns = self._permutations(range(len(self.groups)), generator)
+            streams = [self._permutations(group, generator) for group in self.groups]
+            drawn = (next(streams[turn]) for turn in turns)
+        order = list(itertools.islice(drawn, len(self.groups[0]) if self.repeats else total))
         for position in range(self.rank, total, self.world_size):
             yield order[position % len(order)], derive_seed(self.seed, self.epoch, position)
 
+    @staticmethod
+    def _permutations(items: Sequence[int], generator: torch.Generator) -> Iterator[int]:
+        """The items in one random order after the other, without end."""
+        while True:
+            for index in torch.randperm(len(items), generator=generator).tolist():
+                yield items[index]
+
     def __len__(self) -> int:
-        return self.samples or -(-self.length // self.world_size)
+        return self.samples
 
 
 def training_loader(
@@ -138,15 +171,18 @@ def training_loader(
     drop_last: bool,
     pin_memory: bool,
     steps: int | None = None,
+    equal: bool = True,
 ) -> DataLoader:
     """Shuffled, augmented batches of this process; its `sampler.set_epoch` chooses the epoch.
 
-    An epoch has `steps` batches; without a number, as many as it takes to see each photograph once.
+    An epoch has `steps` batches; without a number, as many samples as there are photographs. With `equal` each data set
+    is drawn equally often; without it, each photograph.
     """
+    groups = [item.root if equal else None for item in dataset.files]
     return DataLoader(
         SeededDataset(dataset),
         batch_size=batch_size,
-        sampler=TrainingSampler(len(dataset), seed, steps and steps * batch_size),
+        sampler=TrainingSampler(groups, seed, steps and steps * batch_size),
         num_workers=_useful(workers),
         collate_fn=dataset.collate_fn,
         drop_last=drop_last,
@@ -180,9 +216,9 @@ def evaluation_loader(
 def _of_one_size(share: Iterable[int], dataset: DriveDataset, batch_pixels: int) -> list[list[int]]:
     by_size = defaultdict(list)
     for index in share:
-        by_size[dataset.labels[index].shape].append(index)
+        by_size[dataset.labels[index].shape, dataset.images[index].shape].append(index)
     batches = []
-    for (height, width), indices in by_size.items():
+    for ((height, width), _), indices in by_size.items():
         count = math.ceil(len(indices) / max(batch_pixels // (height * width), 1))
         batches += [indices[first::count] for first in range(count)]
     return batches

@@ -1,6 +1,7 @@
 """The epochs of a run: train, evaluate, log, save."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def fit(
     model: nn.Module,
     state: TrainingState,
     train_loader: DataLoader,
-    val_loader: DataLoader,
+    val_loaders: Mapping[str, DataLoader],
     checkpoint: Checkpoint | None = None,
 ) -> float:
     """Train for the remaining epochs by the settled flags in `state.args`; return the best Dice.
@@ -37,7 +38,8 @@ def fit(
     Args:
         model: `state.model`, or its wrapper for training in many processes.
         state: of a new run.
-        train_loader, val_loader: of this process.
+        train_loader: of this process.
+        val_loaders: of this process, one for each data set by its name.
         checkpoint: to continue from.
 
     Raises:
@@ -50,7 +52,7 @@ def fit(
     if args.compile:
         model = torch.compile(model)  # checkpoints and evaluation are of state.model
     on_main_process(make_output_folder, ".", "the working directory (for the results files)")
-    _resume_or_pretrain(state, val_loader, checkpoint)
+    _resume_or_pretrain(state, val_loaders, checkpoint)
     saver, tensorboard = Saver(), None
     on_main_process(state.results.write, state.results.rows)
     if is_main_process() and args.tensorboard:
@@ -58,7 +60,7 @@ def fit(
 
     try:
         while state.epoch < args.epochs:
-            row, confusion_matrix = _run_epoch(state, model, train_loader, val_loader)
+            row, confusion_matrix = _run_epoch(state, model, train_loader, val_loaders)
             improved = state.finish_epoch(row)
             if is_main_process():
                 print(f"{confusion_matrix}\ndice coefficient: {row['dice']:.3f}", flush=True)
@@ -79,7 +81,7 @@ def fit(
 
 
 def _run_epoch(
-    state: TrainingState, model: nn.Module, train_loader: DataLoader, val_loader: DataLoader
+    state: TrainingState, model: nn.Module, train_loader: DataLoader, val_loaders: Mapping[str, DataLoader]
 ) -> tuple[Row, ConfusionMatrix]:
     """Train for one epoch and evaluate; `model` is `state.model` or its wrapper for training."""
     args, num_classes = state.args, state.args.num_classes + 1
@@ -104,16 +106,33 @@ def _run_epoch(
     if state.averaged is not None:
         broadcast_buffers(state.averaged.module)
     _require_finite_weights(state.model, state.epoch)
-    confusion_matrix, dice = _validate(state, val_loader)
+    confusion_matrix, dice = _validate(state, val_loaders)
     return _results_row(state.epoch, mean_loss, lr, dice, confusion_matrix, time.time() - started), confusion_matrix
 
 
-def _validate(state: TrainingState, val_loader: DataLoader) -> tuple[ConfusionMatrix, float]:
+def _validate(state: TrainingState, val_loaders: Mapping[str, DataLoader]) -> tuple[ConfusionMatrix, float]:
+    """Evaluate on all photographs; return their pixels, and the mean of their Dice.
+
+    Of several data sets, the Dice of each is printed too.
+    """
     num_classes, dtype = state.args.num_classes + 1, amp_dtype(state.args)
-    return evaluate(state.evaluated_model, val_loader, state.device, num_classes, amp_dtype=dtype, per_photograph=True)
+    total, dices = ConfusionMatrix(num_classes), {}
+    for name, loader in val_loaders.items():
+        confusion_matrix, dices[name] = evaluate(
+            state.evaluated_model, loader, state.device, num_classes, amp_dtype=dtype, per_photograph=True
+        )
+        total.mat = total.mat.to(confusion_matrix.mat.device) + confusion_matrix.mat
+    if len(dices) == 1:
+        return total, next(iter(dices.values()))
+    if is_main_process():
+        print("dice coefficient by data set: " + ", ".join(f"{name} {dice:.3f}" for name, dice in dices.items()))
+    counts = {name: len(loader.dataset) for name, loader in val_loaders.items()}
+    return total, sum(counts[name] * dice for name, dice in dices.items()) / sum(counts.values())
 
 
-def _resume_or_pretrain(state: TrainingState, val_loader: DataLoader, checkpoint: Checkpoint | None) -> None:
+def _resume_or_pretrain(
+    state: TrainingState, val_loaders: Mapping[str, DataLoader], checkpoint: Checkpoint | None
+) -> None:
     args = state.args
     if checkpoint is not None:
         state.restore(checkpoint)
@@ -122,7 +141,7 @@ def _resume_or_pretrain(state: TrainingState, val_loader: DataLoader, checkpoint
         if state.best_dice is None:
             # The tutorial's files store no Dice, and a Dice on other photographs cannot be compared. Without this
             # evaluation a worse epoch could replace a better one.
-            state.best_dice = _validate(state, val_loader)[1]
+            state.best_dice = _validate(state, val_loaders)[1]
     elif state.epoch >= args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch}: leaves nothing of --epochs {args.epochs}; lower it")
     elif args.backbone_weights:

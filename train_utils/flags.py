@@ -10,15 +10,13 @@ from my_dataset import DRIVE_MEAN, DRIVE_STD
 from src import ARCHITECTURES
 from transforms import AUGMENTATIONS
 
-from .command_line import Parser, add_switch, at_least, fraction, probability_or_auto
+from .command_line import Parser, add_switch, at_least, fold_of_folds, fraction, probability_or_auto
 from .recipes import RECIPES
 
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # The share of a GPU's free memory that the photographs may take; the rest is for the model.
 SHARE_FOR_PHOTOGRAPHS = 0.25
-
-VAL_SPLIT_WITHOUT_TEST_LABELS = 4
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +27,15 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         default="tutorial",
         choices=list(RECIPES),
         help="defaults of the other flags (train_utils/recipes.py). tutorial: the tutorial's; quick: the same Dice "
-        "within minutes on a CPU; best: the highest Dice",
+        "within minutes on a CPU; best: the highest Dice on DRIVE; any-camera: for photographs of other cameras",
     )
-    add("--data-path", default="./", help="the folder that contains DRIVE")
+    add_data_path(parser)
+    add(
+        "--sampling",
+        default="equal",
+        choices=["equal", "proportional"],
+        help="how often each of several data sets is drawn: equally, or in proportion to its photographs",
+    )
     add("--num-classes", default=1, type=at_least(1), help="number of classes besides the background")
     add("--device", default="cuda", help="device to train on; without a GPU, cuda means the CPU")
     add("-b", "--batch-size", type=at_least(1), help="photographs per step in each process")
@@ -82,13 +86,22 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--augmentation",
         choices=list(AUGMENTATIONS),
-        help="training preset. tutorial: the tutorial's; rotation: scales nearer to 1, any rotation and colour jitter",
+        help="training preset. tutorial: the tutorial's; rotation: scales nearer to 1, any rotation and colour jitter; "
+        "any-camera: more of what differs between cameras",
     )
     add(
         "--base-size",
-        default=565,
         type=at_least(2),
-        help="shorter side in pixels; the preset resizes to 0.5 - 1.2 times this (rotation: 0.8 - 1.15)",
+        help="shorter side in pixels; the preset resizes to 0.5 - 1.2 times this (rotation: 0.8 - 1.15, any-camera: "
+        "0.7 - 1.4) (default: that of each photograph at the working diameter)",
+    )
+    add(
+        "--fov-diameter",
+        type=at_least(32, float),
+        metavar="PIXELS",
+        help="working diameter: the field of view that each photograph is resized to in training, validation, scores "
+        "and predictions, unless it is within 5 percent of it. Stored with the weights (default: the median of the "
+        "training photographs, of several data sets the middle of their medians)",
     )
     add(
         "--normalization",
@@ -110,8 +123,14 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--val-split",
         type=at_least(0),
         metavar="N",
-        help="validate on the last N training photographs instead of the test photographs "
-        f"(default: 0 with test labels, else {VAL_SPLIT_WITHOUT_TEST_LABELS})",
+        help="validate on the last N training photographs of each data set instead of the test photographs "
+        "(default: 0 with test labels, else a fifth of them)",
+    )
+    add(
+        "--fold",
+        type=fold_of_folds,
+        metavar="K/N",
+        help="cross-validation: hold out the K-th of N parts of the training photographs, and score these",
     )
     add(
         "--threshold",
@@ -127,9 +146,32 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="score the mean over the four flips, in four times the time; stored with the weights for predict.py "
         "and --test-only (default: as stored, else off)",
     )
-    add("--test-only", action="store_true", help="only score the weights of --resume on the test photographs")
+    add(
+        "--test-only",
+        action="store_true",
+        help="only score the weights of --resume: on the test photographs, or without test labels on all photographs "
+        "that they were not trained on",
+    )
+    add("--masks", metavar="FOLDER", help="with --test-only: score the masks in this folder, in place of weights")
     add("--tensorboard", action="store_true", help="also write TensorBoard events into --output-dir")
     parser.set_defaults(**RECIPES["tutorial"])
+
+
+def add_data_path(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that names the data, as a text, or as a list of texts where there are several."""
+    parser.add_argument(
+        "--data-path",
+        nargs="+",
+        default="./",
+        action=_OneOrSeveral,
+        metavar="FOLDER",
+        help="the folder that contains DRIVE, or a folder with images and labels; or several",
+    )
+
+
+class _OneOrSeveral(argparse.Action):
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: list[str], option: object = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
 def add_amp_flags(parser: argparse.ArgumentParser) -> None:

@@ -4,15 +4,15 @@ import argparse
 
 import torch
 
-from my_dataset import find_drive, find_photographs, has_test_labels
+from my_dataset import working_diameter
 from src import ARCHITECTURES
-from src.errors import DatasetError
-from src.masks import photograph_size
+from src.dataset_files import Split, find_parts
+from src.photograph import image_size
 
 from .checkpoint import Checkpoint
 from .command_line import UsageError
 from .distributed_utils import is_main_process
-from .flags import AMP_DTYPES, SHARE_FOR_PHOTOGRAPHS, VAL_SPLIT_WITHOUT_TEST_LABELS
+from .flags import AMP_DTYPES, SHARE_FOR_PHOTOGRAPHS
 
 
 def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoint | None = None) -> None:
@@ -27,13 +27,21 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
         UsageError: a flag cannot work here.
         DatasetError: there is no data set, or nothing to validate on.
     """
+    if args.masks:
+        raise UsageError(f"--masks {args.masks}: does nothing without --test-only; add --test-only")
     settle_amp(args, device)
     if args.channels_last is None:
         args.channels_last = _channels_last_is_faster(args, device)
     if args.compile:
         _require_compiler(device)
-    if args.val_split is None:
-        args.val_split = _default_val_split(args.data_path)
+    _settle_split(args)
+    if checkpoint is not None:  # a run goes on as it was, unless a flag says otherwise
+        if args.base_size is None:
+            args.base_size = checkpoint["args"].get("base_size")
+        if args.fov_diameter is None and "selected_on" in checkpoint:  # the tutorial's files do not hold it
+            args.fov_diameter = checkpoint["fov_diameter"]
+    if args.fov_diameter is None:
+        args.fov_diameter = working_diameter(Split(args.val_split, fold(args)).divide(roots(args))[0])
     if args.device_data is None:
         args.device_data = device.type == "cuda" and _photographs_fit(args, device)
     if args.device_data:
@@ -70,30 +78,39 @@ def _channels_last_is_faster(args: argparse.Namespace, device: torch.device) -> 
     return device.type == "cuda" and args.amp
 
 
-def _default_val_split(data_path: str) -> int:
-    if has_test_labels(data_path):
-        return 0
-    val_split = min(VAL_SPLIT_WITHOUT_TEST_LABELS, len(find_photographs(data_path, "training")) - 1)
-    if not val_split:
-        raise DatasetError(
-            f"--data-path {data_path}: a single training photograph, and no labels in test/1st_manual; "
-            "nothing is left to validate on"
-        )
-    if is_main_process():
-        print(
-            f"{find_drive(data_path) / 'test' / '1st_manual'} holds no labels (the official download has none): "
-            f"validating on the last {val_split} training photographs, which are not trained on "
-            "(--val-split N chooses how many)"
-        )
-    return val_split
+def _settle_split(args: argparse.Namespace) -> None:
+    if args.fold and args.val_split:
+        raise UsageError(f"--fold {args.fold}: holds photographs out, as --val-split {args.val_split} does; give one")
+    if args.fold:
+        args.val_split = 0
+        return
+    held_out = {root: Split(args.val_split).held_out(root) for root in roots(args)}
+    for root, count in held_out.items():
+        if count and not args.val_split and is_main_process():
+            parts = find_parts(root)
+            lacks = (
+                f"{parts['test']} has no labels (the official download of DRIVE has none)"
+                if "test" in parts
+                else f"{root} has no test photographs"
+            )
+            print(
+                f"{lacks}: validating on the last {count} training photographs, which are not trained on "
+                "(--val-split N chooses how many)"
+            )
+    # Data sets that differ keep None, which means each one's own default.
+    if args.val_split is None and len(set(held_out.values())) == 1:
+        args.val_split = next(iter(held_out.values()))
 
 
 def _photographs_fit(args: argparse.Namespace, device: torch.device) -> bool:
     """Whether the photographs take at most a share of the GPU's free memory: three colours and a label each."""
-    parts = ["training"] if args.val_split else ["training", "test"]
-    sizes = (photograph_size(path) for part in parts for path in find_photographs(args.data_path, part))
-    free = torch.cuda.mem_get_info(device)[0]
-    return 4 * sum(width * height for width, height in sizes) <= SHARE_FOR_PHOTOGRAPHS * free
+    training, validated = Split(args.val_split, fold(args)).divide(roots(args))
+    size = 0.0
+    for item in (*training, *validated):
+        width, height = image_size(item.photograph)
+        enlarged = max(args.fov_diameter / min(width, height), 1.0)
+        size += 4 * width * height * enlarged**2
+    return size <= SHARE_FOR_PHOTOGRAPHS * torch.cuda.mem_get_info(device)[0]
 
 
 def _require_compiler(device: torch.device) -> None:
@@ -106,6 +123,19 @@ def _require_compiler(device: torch.device) -> None:
 
 
 # ---- what the settled flags mean
+
+
+def roots(args: argparse.Namespace) -> list[str]:
+    """The data sets that --data-path names."""
+    return [args.data_path] if isinstance(args.data_path, str) else list(args.data_path)
+
+
+def fold(args: argparse.Namespace) -> tuple[int, int] | None:
+    """(K, N) of --fold K/N."""
+    if not args.fold:
+        return None
+    number, folds = map(int, args.fold.split("/"))
+    return number, folds
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, str | int]:

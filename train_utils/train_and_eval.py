@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader
 from my_dataset import OUTSIDE
 from src.errors import UserError
 from src.inference import for_inference
+from src.segment import logits_of_size
 
 from .dice_coefficient_loss import build_target, dice_loss, multiclass_dice_coeff
 from .distributed_utils import sum_over_processes
 from .logger import MetricLogger, SmoothedValue
-from .scoring.counts import ConfusionMatrix, DiceCoefficient
+from .scoring.counts import ConfusionMatrix, DiceCoefficient, most_probable
 
 # Steps between two checks of the loss on a GPU. Each check makes the host wait for the GPU.
 STEPS_UNCHECKED = 100
@@ -176,9 +177,10 @@ def evaluate(
     Autocast is on if `amp_dtype` is given.
 
     Returns:
-        the confusion matrix over all pixels inside the field of view, and the foreground Dice of the argmax prediction.
-        The Dice is the mean over batches; with `per_photograph` it is the mean over photographs, and batches must not
-        be padded.
+        the confusion matrix over all pixels inside the field of view (of the labels: photographs that were resized for
+        the model are scored in their own size), and the mean over batches of the foreground
+        Dice of the argmax prediction; with `per_photograph` the mean over photographs, whatever the batches (which
+        must not be padded then).
     """
     model.eval()
     fast_model = for_inference(model, amp=amp_dtype is not None)
@@ -189,7 +191,8 @@ def evaluate(
         image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             logits = fast_model(image)["out"]
-        confusion_matrix.update(target.flatten(), logits.argmax(1).flatten())
+        logits = logits_of_size(logits, target.shape[-2:])
+        confusion_matrix.update(target.flatten(), most_probable(logits).flatten())
         dice.update(logits, target, weight=len(image) if per_photograph else 1)
     confusion_matrix.reduce_from_all_processes()
     dice.reduce_from_all_processes()

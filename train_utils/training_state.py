@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from my_dataset import DRIVE_FOV_DIAMETER
+from src.dataset_files import LabelledPhotograph, describe
 
 from .checkpoint import LAST_MODEL, Checkpoint, CheckpointError, load_checkpoint, load_weights
 from .distributed_utils import is_main_process, on_main_process
@@ -22,8 +23,8 @@ from .train_and_eval import create_lr_scheduler, create_one_cycle_scheduler
 # elsewhere. A resumed run reports every other flag that changed.
 UNREPORTED = frozenset(
     (
-        # paths, processes and output
-        *("data_path", "output_dir", "device", "gpu", "rank", "dist_url", "dist_backend", "distributed"),
+        # where things are, and what is printed or written
+        *("data_path", "masks", "output_dir", "device", "gpu", "rank", "dist_url", "dist_backend", "distributed"),
         *("print_freq", "tensorboard", "save_best", "test_only", "demo", "resume", "start_epoch"),
         # speed
         *("workers", "channels_last", "compile"),
@@ -49,13 +50,16 @@ class TrainingState:
         device: torch.device,
         steps_per_epoch: int,
         args: argparse.Namespace,
-        selected_on: str | None = None,
-        fov_diameter: float = DRIVE_FOV_DIAMETER,
+        trained_on: Sequence[LabelledPhotograph] = (),
+        validated_on: Sequence[LabelledPhotograph] = (),
+        trained_scale: float = 1.0,
     ) -> None:
         self.model = model
         self.device = device
-        self.selected_on = selected_on  # the photographs that the best epoch is chosen on, in words
-        self.fov_diameter = fov_diameter  # of the training photographs, pixels
+        self.selected_on = describe(validated_on)  # the photographs that the best epoch is chosen on, in words
+        self.trained_on = [item.digest for item in trained_on]
+        self.validated_on = [item.digest for item in validated_on]
+        self.trained_scale = trained_scale  # that the training photographs were resized by, in the median
         self.steps_per_epoch = steps_per_epoch
         self.args = args
         self.averaged = _make_average(model, args.ema_decay)
@@ -107,9 +111,12 @@ class TrainingState:
             "std": list(self.args.std),
             "normalization": self.args.normalization,
             "tta": bool(self.args.tta),
-            "fov_diameter": self.fov_diameter,
+            "fov_diameter": self.args.fov_diameter,
+            "trained_scale": self.trained_scale,
             "best_dice": self.best_dice,
             "selected_on": self.selected_on,
+            "trained_on": self.trained_on,
+            "validated_on": self.validated_on,
             "results": self.results.stem,
             "history": self.results.rows,
         }
@@ -137,12 +144,26 @@ class TrainingState:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"] + 1
         self.saved_in = checkpoint["path"]
-        # A Dice on other photographs cannot be compared with the epochs to come.
-        same_photographs = checkpoint.get("selected_on", self.selected_on) == self.selected_on
-        self.best_dice = checkpoint.get("best_dice") if same_photographs else None
+        self._take_over_photographs(checkpoint)
         self.results.resume(checkpoint.get("results"), checkpoint.get("history", []))
         self._start_schedule()
         self._report_changes(checkpoint["args"])
+
+    def _take_over_photographs(self, checkpoint: Checkpoint) -> None:
+        before = checkpoint.get("trained_on", [])
+        if mixed := set(before) & set(self.validated_on):
+            raise CheckpointError(
+                f"{checkpoint['path']}: was trained on {len(mixed)} of the {len(self.validated_on)} photographs to "
+                "validate on; give the --data-path, --fold and --val-split of that run, or start a new one"
+            )
+        self.trained_on += [digest for digest in before if digest not in self.trained_on]
+        # A Dice on other photographs cannot be compared with those of the next epochs.
+        same = (
+            checkpoint["validated_on"] == self.validated_on
+            if "validated_on" in checkpoint
+            else checkpoint.get("selected_on", self.selected_on) == self.selected_on
+        )
+        self.best_dice = checkpoint.get("best_dice") if same else None
 
     def _restore_optimizer(self, saved: dict[str, Any]) -> None:
         settings = {"weight_decay": self.args.weight_decay, "fused": self.optimizer.defaults["fused"]}
@@ -159,7 +180,8 @@ class TrainingState:
 
     def _report_changes(self, before: dict[str, Any]) -> None:
         # Flags that the file does not name had their defaults: the run is older than the flag, or the tutorial's.
-        before = default_flags() | before
+        # (Its working diameter was not recorded, but follows from the same photographs.)
+        before = default_flags() | {"fov_diameter": self.args.fov_diameter} | before
         changed = [
             f"{name} {before[name]} -> {value}"
             for name, value in vars(self.args).items()

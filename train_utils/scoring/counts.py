@@ -28,6 +28,13 @@ def format_scores(global_accuracy: float, recall: Sequence[float], iou: Sequence
     )
 
 
+def most_probable(logits: Tensor) -> Tensor:
+    """The class of each pixel: logits [N, C, H, W] -> int64 [N, H, W]. Of equal ones, the first."""
+    if logits.shape[1] == 2:  # ten times as fast as argmax, on the CPU
+        return (logits[:, 1] > logits[:, 0]).long()
+    return logits.argmax(dim=1)
+
+
 class ConfusionMatrix:
     """Counts of pixels in `mat`, int64 [num_classes, num_classes]: rows are the truth, columns the prediction."""
 
@@ -87,7 +94,7 @@ class DiceCoefficient:
 
     def update(self, logits: Tensor, target: Tensor, weight: int = 1) -> None:
         """Add a batch: logits [N, num_classes, H, W], labels [N, H, W] int64. It counts as `weight` batches."""
-        prediction = build_target(logits.argmax(dim=1), self.num_classes)  # one-hot [N, num_classes, H, W]
+        prediction = build_target(most_probable(logits), self.num_classes)  # one-hot [N, num_classes, H, W]
         truth = build_target(target, self.num_classes, self.ignore_index)
         dice = multiclass_dice_coeff(prediction[:, 1:], truth[:, 1:], ignore_index=self.ignore_index)
         self.cumulative_dice = self.cumulative_dice.to(dice.device, non_blocking=True) + dice * weight

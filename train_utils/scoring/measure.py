@@ -5,23 +5,32 @@ Every photograph is measured in one process, and only a few numbers of it are ke
 
 import bisect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from my_dataset import OUTSIDE, DatasetError, DriveDataset, read_binary_mask
+from my_dataset import OUTSIDE, VESSEL, DriveDataset, require_size
+from src.dataset_files import root_names
 from src.inference import for_inference
-from src.segment import FLIPS
+from src.masks import read_binary_mask
+from src.segment import FLIPS, logits_of_size, widening
 
 from ..data_loading import evaluation_loader
-from ..distributed_utils import gather_objects
+from ..distributed_utils import gather_objects, get_rank, get_world_size
 from ..logger import MetricLogger
 from .centre_lines import cl_dice
 from .contact_sheet import SHEET_ROWS, SheetRow, sheet_row
-from .counts import ConfusionMatrix, DiceCoefficient, PixelCounts, ProbabilityHistogram, vessel_log_odds
+from .counts import (
+    ConfusionMatrix,
+    DiceCoefficient,
+    PixelCounts,
+    ProbabilityHistogram,
+    most_probable,
+    vessel_log_odds,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,9 @@ class PhotographScore:
     """One photograph as the model segments it, and the second observer where there is one."""
 
     name: str
+    data_set: str
+    part: str  # of the data set: "training", "test" or "all"
+    digest: str  # of the photograph's file
     model: Segmentation
     second_observer: Segmentation | None
 
@@ -64,7 +76,8 @@ class Measurement:
         for part in (self.field_of_view, self.full_frame, self.confusion_matrix, self.dice):
             part.reduce_from_all_processes()
         everyone = gather_objects((self.photographs, self.worst))
-        self.photographs = sorted((score for scores, _ in everyone for score in scores), key=lambda score: score.name)
+        scores = (score for scores, _ in everyone for score in scores)
+        self.photographs = sorted(scores, key=lambda score: (score.data_set, score.name))
         self.worst = sorted((row for _, rows in everyone for row in rows), key=SheetRow.order)[:SHEET_ROWS]
 
 
@@ -81,7 +94,7 @@ def _predictions(
     for index, (image, label) in zip(loader.sampler, batches, strict=True):
         image = image.to(device)
         logits = _mean_over_flips(quick_model, image) if tta else quick_model(image)["out"]
-        yield index, logits, label.to(device)
+        yield index, logits_of_size(logits, label.shape[-2:]), label.to(device)
 
 
 def _mean_over_flips(model: nn.Module, image: Tensor) -> Tensor:
@@ -91,7 +104,13 @@ def _mean_over_flips(model: nn.Module, image: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def measure(
-    model: nn.Module, dataset: DriveDataset, device: torch.device, threshold: float, *, tta: bool = False
+    model: nn.Module,
+    dataset: DriveDataset,
+    device: torch.device,
+    threshold: float,
+    *,
+    tta: bool = False,
+    trained_scale: float | None = None,
 ) -> Measurement:
     """Score a model on every photograph of a dataset once, shared between the processes.
 
@@ -101,39 +120,71 @@ def measure(
         device: of the model.
         threshold: the probability above which a pixel is a vessel.
         tta: take the mean over the four flips of each photograph.
-
-    Raises:
-        DatasetError: a second observer's label does not fit its photograph.
+        trained_scale: of the model, see `src.segment.widening`.
     """
-    for index in range(len(dataset)):
-        _second_observer(dataset, index)  # so that all processes meet the same error, and none waits for the others
     measurement = Measurement(model.model_args["num_classes"])
+    names = root_names(dataset.files)
     for index, logits, label in _predictions(model, dataset, device, "Test:", tta):
-        measurement.confusion_matrix.update(label.flatten(), logits.argmax(1).flatten())
+        measurement.confusion_matrix.update(label.flatten(), most_probable(logits).flatten())
         measurement.dice.update(logits, label)
-        log_odds, label = vessel_log_odds(logits)[0], label[0]  # [H, W] both
+        log_odds = vessel_log_odds(logits)[0] - widening(dataset.scales[index], trained_scale)  # [H, W]
+        label = label[0]  # [H, W]
         inside = label != OUTSIDE
-        # The label file and not `label`, which hides what lies outside the field of view.
-        truth = torch.from_numpy(read_binary_mask(dataset.manual[index])).to(device)  # [H, W]
+        truth = torch.from_numpy(dataset.classes[index]).to(device) == VESSEL  # [H, W], outside the field of view too
         measurement.field_of_view.update(log_odds, label)
         measurement.full_frame.update(log_odds.masked_fill(~inside, -math.inf), truth.long())
-
         prediction = (log_odds > math.log(threshold / (1 - threshold))) & inside
-        second = _second_observer(dataset, index)
-        score = PhotographScore(
-            dataset.img_list[index].stem,
-            _compare(prediction, truth, inside),
-            None if second is None else _compare(second.to(device) & inside, truth, inside),
-        )
-        row = sheet_row(
-            score.name,
-            score.model.field_of_view.dice,
-            dataset.images[index],
-            *(mask.cpu().numpy() for mask in (truth, prediction, inside)),
-        )
-        measurement.add(score, row)
+        _add(measurement, dataset, index, names, prediction, truth, inside)
     measurement.reduce_from_all_processes()
     return measurement
+
+
+def measure_masks(masks: Sequence[Path], dataset: DriveDataset) -> Measurement:
+    """Score files of predicted vessels, one for each photograph of a dataset, shared between the processes.
+
+    Raises:
+        DatasetError: a mask cannot be read, or has another size than its photograph.
+    """
+    measurement = Measurement(num_classes=2)
+    names = root_names(dataset.files)
+    for index in range(get_rank(), len(masks), get_world_size()):
+        path = masks[index]
+        vessels = read_binary_mask(path)
+        require_size(path, vessels, dataset.img_list[index], dataset.labels[index].shape)
+        predicted = torch.from_numpy(vessels)
+        label = torch.from_numpy(dataset.labels[index]).long()
+        inside = label != OUTSIDE
+        measurement.confusion_matrix.update(label.flatten(), predicted.long().flatten())
+        measurement.dice.update(torch.stack([~predicted, predicted]).float()[None], label[None])
+        truth = torch.from_numpy(dataset.classes[index]) == VESSEL
+        _add(measurement, dataset, index, names, predicted & inside, truth, inside)
+    measurement.reduce_from_all_processes()
+    return measurement
+
+
+def _add(
+    measurement: Measurement,
+    dataset: DriveDataset,
+    index: int,
+    names: Mapping[Path, str],
+    prediction: Tensor,
+    truth: Tensor,
+    inside: Tensor,
+) -> None:
+    """Add what was predicted in one photograph, bool [H, W], to what is measured."""
+    item = dataset.files[index]
+    second = dataset.second_observers[index]
+    score = PhotographScore(
+        item.photograph.stem,
+        names[item.root],
+        item.part,
+        item.digest,
+        _compare(prediction, truth, inside),
+        None if second is None else _compare(torch.from_numpy(second).to(inside.device) & inside, truth, inside),
+    )
+    masks = (mask.cpu().numpy() for mask in (truth, prediction, inside))
+    row = sheet_row(score.name, score.model.field_of_view.dice, dataset.images[index], *masks)
+    measurement.add(score, row)
 
 
 def _compare(prediction: Tensor, truth: Tensor, inside: Tensor) -> Segmentation:
@@ -145,27 +196,18 @@ def _compare(prediction: Tensor, truth: Tensor, inside: Tensor) -> Segmentation:
     )
 
 
-def _second_observer(dataset: DriveDataset, index: int) -> Tensor | None:
-    """The second observer's vessels, bool [H, W], where there is a file of them."""
-    manual: Path = dataset.manual[index]
-    path = manual.parents[1] / "2nd_manual" / manual.name.replace("manual1", "manual2")
-    if not path.is_file():
-        return None
-    vessels = read_binary_mask(path)
-    size = dataset.labels[index].shape
-    if vessels.shape != size:
-        raise DatasetError(
-            f"{path}: is {vessels.shape[1]} x {vessels.shape[0]} pixels, but its photograph "
-            f"{dataset.img_list[index]} is {size[1]} x {size[0]}; they must match"
-        )
-    return torch.from_numpy(vessels)
-
-
 @torch.inference_mode()
-def best_threshold(model: nn.Module, dataset: DriveDataset, device: torch.device, *, tta: bool = False) -> float:
+def best_threshold(
+    model: nn.Module,
+    dataset: DriveDataset,
+    device: torch.device,
+    *,
+    tta: bool = False,
+    trained_scale: float | None = None,
+) -> float:
     """The probability above which to call a pixel a vessel for the best Dice over all pixels of a dataset."""
     histogram = ProbabilityHistogram()
-    for _, logits, label in _predictions(model, dataset, device, "Threshold:", tta):
-        histogram.update(vessel_log_odds(logits), label)
+    for index, logits, label in _predictions(model, dataset, device, "Threshold:", tta):
+        histogram.update(vessel_log_odds(logits) - widening(dataset.scales[index], trained_scale), label)
     histogram.reduce_from_all_processes()
     return histogram.best_threshold()

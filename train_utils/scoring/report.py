@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..files import replace_whole, write_csv
 from .contact_sheet import contact_sheet
 from .counts import PixelCounts, ProbabilityHistogram
 from .drawing import write_png
-from .measure import Measurement, Segmentation
+from .measure import Measurement, PhotographScore, Segmentation
 
 COUNTED = ("accuracy", "sensitivity", "specificity", "precision", "dice", "iou", "mcc")
 RANKED = ("roc_auc", "average_precision")
@@ -41,18 +41,47 @@ class Threshold:
     source: str
 
 
-def make_report(
-    measurement: Measurement, checkpoint: Checkpoint, threshold: Threshold, tta: bool = False
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Origin:
+    """What is scored, and how it came about; what is not known, or has no meaning for masks, is None."""
+
+    weights: str
+    epoch: int | None = None
+    selected_on: str | None = None
+    threshold: Threshold | None = None
+    tta: bool = False
+    seed: int | None = None
+    fold: str | None = None
+    validated_on: Collection[str] = ()  # digests of photographs
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, threshold: Threshold, tta: bool) -> "Origin":
+        """The weights of a checkpoint."""
+        return cls(
+            checkpoint["path"],
+            checkpoint.get("epoch"),
+            checkpoint.get("selected_on", "not recorded in the weights"),
+            threshold,
+            tta,
+            checkpoint["args"].get("seed"),
+            checkpoint["args"].get("fold"),
+            checkpoint.get("validated_on", ()),
+        )
+
+
+def make_report(measurement: Measurement, origin: Origin) -> dict[str, Any]:
     """All scores and where they come from, as scores.json holds them: shares of 1; NaN (0 / 0) as None."""
     accuracy, recall, iou = measurement.confusion_matrix.compute()
+    threshold = origin.threshold
     report: dict[str, Any] = {
-        "weights": checkpoint["path"],
-        "epoch": checkpoint.get("epoch"),
-        "selected_on": checkpoint.get("selected_on", "not recorded in the weights"),
-        "threshold": {"value": threshold.value, "source": threshold.source},
-        "tta": tta,
-        "scored_on": "test",
+        "weights": origin.weights,
+        "epoch": origin.epoch,
+        "selected_on": origin.selected_on,
+        "threshold": None if threshold is None else {"value": threshold.value, "source": threshold.source},
+        "tta": origin.tta,
+        "seed": origin.seed,
+        "fold": origin.fold,
+        "scored_on": _scored_on(measurement.photographs, origin),
         "photographs": [score.name for score in measurement.photographs],
     }
     observers = {
@@ -72,7 +101,29 @@ def make_report(
         "mean_iou": iou.mean().item(),
         "dice": measurement.dice.value.item(),
     }
+    by_data_set = _by_data_set(measurement.photographs)
+    if len(by_data_set) > 1:
+        report["data_sets"] = {
+            name: {
+                "scored_on": _scored_on(scores, origin),
+                **summarize([score.model for score in scores], "field_of_view", None),
+            }
+            for name, scores in by_data_set.items()
+        }
+    report["each_photograph"] = photograph_rows(measurement)
     return _nan_to_none(report)
+
+
+def _scored_on(scores: Sequence[PhotographScore], origin: Origin) -> str:
+    """The part of the data that these photographs are of: "test", "held-out training" or "labelled"."""
+    held_out = "held-out training"
+    kinds = [held_out if score.digest in origin.validated_on else "labelled" for score in scores]
+    parts = ["test" if score.part == "test" else kind for score, kind in zip(scores, kinds, strict=True)]
+    return " and ".join(dict.fromkeys(parts))
+
+
+def _by_data_set(scores: Sequence[PhotographScore]) -> dict[str, list[PhotographScore]]:
+    return {name: [score for score in scores if score.data_set == name] for name in {s.data_set: None for s in scores}}
 
 
 def summarize(
@@ -117,22 +168,33 @@ def format_report(report: dict[str, Any], measurement: Measurement) -> str:
     epoch = "" if report["epoch"] is None else f" (epoch {report['epoch']})"
     lines = [
         "",
-        f"scores of {report['weights']}{epoch} on {len(names)} test photographs ({names[0]} to {names[-1]})",
-        f"selected on: {report['selected_on']}",
-        f"threshold: {report['threshold']['value']:.4g} ({report['threshold']['source']})"
-        + (", mean over the four flips" if report["tta"] else ""),
+        f"scores of {report['weights']}{epoch} on {len(names)} {report['scored_on']} photographs "
+        f"({names[0]} to {names[-1]})",
     ]
+    if report["threshold"] is not None:
+        flips = ", mean over the four flips" if report["tta"] else ""
+        lines.append(f"selected on: {report['selected_on']}")
+        lines.append(f"threshold: {report['threshold']['value']:.4g} ({report['threshold']['source']}){flips}")
     for region, heading in REGIONS.items():
         observers = {name: scores for name, scores in report[region].items() if scores}
-        pooled = {name: list(map(_number, scores["pooled"].values())) for name, scores in observers.items()}
-        averages = {
-            name: [f"{_number(score['mean'])} ± {_number(score['std'])}" for score in scores["per_photograph"].values()]
-            for name, scores in observers.items()
-        }
-        counts = {name: scores["photographs"] for name, scores in observers.items()}
-        lines += ["", f"{heading}, over all pixels:", *_table(pooled, report[region]["model"]["pooled"], counts)]
+        labels = {name: name.replace("_", " ") for name in observers}
+        for name, scores in observers.items():
+            if scores["photographs"] < len(names):
+                labels[name] += f" ({scores['photographs']} photographs)"
+        pooled = {labels[name]: list(map(_number, scores["pooled"].values())) for name, scores in observers.items()}
+        averages = {labels[name]: _averages(scores) for name, scores in observers.items()}
+        lines += ["", f"{heading}, over all pixels:", *_table(pooled, report[region]["model"]["pooled"])]
         lines += ["", f"{heading}, mean ± standard deviation over photographs:"]
-        lines += _table(averages, report[region]["model"]["per_photograph"], counts)
+        lines += _table(averages, report[region]["model"]["per_photograph"])
+    if "data_sets" in report:
+        lines += ["", "Each data set, inside the field of view, mean ± standard deviation over photographs:"]
+        lines += _table(
+            {
+                f"{name} ({scores['photographs']} {scores['scored_on']})": _averages(scores)
+                for name, scores in report["data_sets"].items()
+            },
+            AVERAGED,
+        )
     lines += ["", "As the tutorial scores (inside the field of view, the most probable class):"]
     lines += [str(measurement.confusion_matrix), f"dice coefficient: {measurement.dice.value.item():.3f}"]
     return "\n".join(lines)
@@ -142,20 +204,20 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _table(cells: dict[str, list[str]], columns: Sequence[str], counts: dict[str, int]) -> list[str]:
-    """Lines of a table with a row for each observer."""
+def _averages(scores: dict[str, Any]) -> list[str]:
+    return [f"{_number(score['mean'])} ± {_number(score['std'])}" for score in scores["per_photograph"].values()]
+
+
+def _table(cells: dict[str, list[str]], columns: Sequence[str]) -> list[str]:
+    """Lines of a table with a row for each label."""
     headings = [HEADINGS.get(name, name) for name in columns]
-    labels = {name: name.replace("_", " ") for name in cells}
-    for name in cells:
-        if counts[name] < counts["model"]:
-            labels[name] += f" ({counts[name]} photographs)"
-    width = max(map(len, labels.values()))
+    width = max(map(len, cells))
     widths = [max(map(len, column)) for column in zip(headings, *cells.values(), strict=True)]
 
     def line(label: str, items: Sequence[str]) -> str:
         return "  ".join([label.ljust(width), *(item.rjust(size) for item, size in zip(items, widths, strict=True))])
 
-    return [line("", headings), *(line(labels[name], items) for name, items in cells.items())]
+    return [line("", headings), *(line(label, items) for label, items in cells.items())]
 
 
 def write_report(report: dict[str, Any], measurement: Measurement, folder: Path) -> None:
@@ -166,22 +228,24 @@ def write_report(report: dict[str, Any], measurement: Measurement, folder: Path)
     """
     with replace_whole(folder / "scores.json") as file:
         file.write((json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
-    rows = photograph_rows(measurement)
+    rows = report["each_photograph"]
     write_csv(folder / "scores.csv", rows[0], rows)
-    threshold = report["threshold"]
-    heading = (
-        f"{report['weights']}, selected on: {report['selected_on']}, "
-        f"threshold: {threshold['value']:.4g} ({threshold['source']})"
-    )
+    heading = report["weights"]
+    if threshold := report["threshold"]:
+        heading += f", selected on: {report['selected_on']}, "
+        heading += f"threshold: {threshold['value']:.4g} ({threshold['source']})"
     write_png(contact_sheet(measurement.worst, len(rows), heading), folder / "scores.png")
 
 
 def photograph_rows(measurement: Measurement) -> list[dict[str, Any]]:
-    """A flat row for each photograph; empty cells are undefined scores, or photographs without a second observer."""
+    """A flat row for each photograph; its digest tells it from others of the same name.
+
+    Empty cells are undefined scores, or photographs without a second observer.
+    """
     rows = []
     present = [name for name in OBSERVERS if any(getattr(score, name) for score in measurement.photographs)]
     for score in measurement.photographs:
-        row: dict[str, Any] = {"photograph": score.name}
+        row: dict[str, Any] = {"photograph": score.name, "data_set": score.data_set, "digest": score.digest}
         for observer in present:
             segmentation = getattr(score, observer)
             prefix = "" if observer == "model" else f"{observer}_"

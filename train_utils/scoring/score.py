@@ -1,4 +1,4 @@
-"""Weights -> their scores on the test photographs: what is loaded, which threshold holds, what is written."""
+"""Weights, or masks of any program, -> their scores: what is scored, which threshold holds, what is written."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from my_dataset import DatasetError, DriveDataset, find_drive, has_test_labels
+from my_dataset import DriveDataset
+from src.dataset_files import (
+    LabelledPhotograph,
+    Split,
+    describe,
+    match_masks,
+    photographs_to_score,
+    require_different,
+    training_photographs,
+)
+from src.errors import DatasetError
 from transforms import get_transform
 
 from ..checkpoint import (
@@ -21,64 +31,111 @@ from ..checkpoint import (
     normalization_of,
 )
 from ..command_line import UsageError
-from ..data_loading import open_photographs
+from ..data_loading import reading
 from ..distributed_utils import is_main_process, on_main_process
+from ..settings import fold, roots
 from .curves import curves
 from .drawing import write_png
-from .measure import best_threshold, measure
-from .report import Threshold, format_report, make_report, write_report
+from .measure import Measurement, best_threshold, measure, measure_masks
+from .report import Origin, Threshold, format_report, make_report, write_report
+
+
+def score(device: torch.device, args: argparse.Namespace) -> None:
+    """Score the weights of `args.resume`, or the masks in `args.masks`, as `--test-only` asks for.
+
+    Raises:
+        UsageError: neither or both are given.
+        As `score_weights` and `score_masks`.
+    """
+    if args.resume and args.masks:
+        raise UsageError(
+            f"--masks {args.masks}: scores masks in place of the weights of --resume; leave out one of them"
+        )
+    if args.masks:
+        score_masks(args.masks, args)
+    elif args.resume:
+        score_weights(args.resume, device, args)
+    else:
+        raise UsageError("--test-only: says nothing of the weights; name them with --resume FILE")
 
 
 def score_weights(path: str | Path, device: torch.device, args: argparse.Namespace) -> None:
-    """Score a file of weights on the test photographs: print the table and write the files into `args.output_dir`.
+    """Score a file of weights: print the table and write the files into `args.output_dir`.
 
-    With `args.threshold` "auto" the threshold is chosen on the training photographs (those that were held out, if
-    any), and stored in the file of weights.
+    With `args.fold`, the photographs of that fold are scored. Without, those of each data set's test part, where it has
+    labels; else all photographs of the data set that the weights were not trained on. With `args.threshold` "auto" the
+    threshold is chosen on the photographs that were held out, or on those that were trained on where none were held
+    out, and stored in the file of weights.
 
     Raises:
-        UsageError: `path` is empty.
-        DatasetError: the test photographs or their labels are missing.
+        DatasetError: photographs or labels are missing, or nothing is left to score.
         CheckpointError: the weights cannot be used.
         train_utils.files.OutputError: a file cannot be written.
     """
-    if not path:
-        raise UsageError("--test-only: says nothing of the weights; name them with --resume FILE")
-    if not has_test_labels(args.data_path):
-        raise DatasetError(
-            f"{_test_labels(args)}: no labels of the test photographs there (the official download has none), so "
-            "nothing can be scored; put the NN_manual1.gif files there"
-        )
-    model, checkpoint = _load_in_all_processes(path, device)
-    tta = _use_flips(checkpoint, args)
-    threshold = _settle_threshold(model, checkpoint, device, args)
-    test_photographs = _open(args.data_path, False, checkpoint)
-    measurement = measure(model, test_photographs, device, threshold.value, tta=tta)
-    if is_main_process():
-        report = make_report(measurement, checkpoint, threshold, tta)
-        write_report(report, measurement, Path(args.output_dir))
-        print(format_report(report, measurement), flush=True)
+    # The main process alone reads the file: the other machines of a run may not see it.
+    checkpoint = on_main_process(_load_without_training_state, path)
+    model = build_model(checkpoint, device)
+    files = _files_to_score(args, checkpoint)
+    tta = checkpoint.get("tta", False) if args.tta is None else args.tta
+    threshold = _settle_threshold(model, checkpoint, device, args, tta)
+    photographs = _open(files, checkpoint)
+    if model.model_args["num_classes"] > 2:  # of two classes, the scores say themselves what is undefined
+        photographs.require_classes(model.model_args["num_classes"] - 1)
+    _report_faults(photographs)
+    measurement = measure(
+        model, photographs, device, threshold.value, tta=tta, trained_scale=checkpoint.get("trained_scale")
+    )
+    _report(measurement, Origin.of(checkpoint, threshold, tta), args)
+
+
+def score_masks(folder: str | Path, args: argparse.Namespace) -> None:
+    """Score masks of any program, one of each photograph, by the same table: white is a vessel.
+
+    Raises:
+        DatasetError: masks, photographs or labels are missing or cannot be used.
+        train_utils.files.OutputError: a file cannot be written.
+    """
+    files = _files_to_score(args)
+    masks = match_masks([item.photograph for item in files], folder)
+    photographs = DriveDataset.of(files, num_classes=args.num_classes)
+    _report_faults(photographs)
+    _report(measure_masks(masks, photographs), Origin(f"masks in {folder}"), args)
+
+
+def check_what_is_scored(trained_on: Sequence[LabelledPhotograph], args: argparse.Namespace) -> None:
+    """Read, before a training, what is scored at its end; a fault of a second observer's file is only printed.
+
+    Raises:
+        DatasetError: a file cannot be used.
+    """
+    files = _files_to_score(args, {"trained_on": [item.digest for item in trained_on]})
+    photographs = DriveDataset.of(files, num_classes=args.num_classes)
+    photographs.require_classes(args.num_classes)
+    _report_faults(photographs)
 
 
 def conclude_training(device: torch.device, args: argparse.Namespace) -> None:
-    """After training: draw its curves, and score the best weights on the test photographs.
-
-    Where these have no labels, the threshold is chosen and stored all the same, with `args.threshold` "auto".
+    """After training: draw its curves, and score the best weights.
 
     Raises:
         As `score_weights`.
     """
     best = on_main_process(_draw_curves_and_find_best, args)
-    if best is None:
-        return
-    if has_test_labels(args.data_path):
+    if best is not None:
         score_weights(best, device, args)
-        return
+
+
+def _report(measurement: Measurement, origin: Origin, args: argparse.Namespace) -> None:
     if is_main_process():
-        print(f"{_test_labels(args)} holds no labels, so {best} is not scored on the test photographs")
-    if args.threshold == "auto":
-        threshold = _settle_threshold(*_load_in_all_processes(best, device), device, args)
-        if is_main_process():
-            print(f"threshold: {threshold.value:.4g} ({threshold.source}), stored in {best}")
+        report = make_report(measurement, origin)
+        write_report(report, measurement, Path(args.output_dir))
+        print(format_report(report, measurement), flush=True)
+
+
+def _report_faults(photographs: DriveDataset) -> None:
+    if is_main_process():
+        for fault in photographs.faults:
+            print(f"warning: left out of the second observer's scores: {fault}")
 
 
 def _draw_curves_and_find_best(args: argparse.Namespace) -> Path | None:
@@ -100,32 +157,44 @@ def _best_weights(history: Sequence[Mapping[str, Any]], args: argparse.Namespace
     return best
 
 
-def _test_labels(args: argparse.Namespace) -> Path:
-    return find_drive(args.data_path) / "test" / "1st_manual"
-
-
-def _load_in_all_processes(path: str | Path, device: torch.device) -> tuple[nn.Module, Checkpoint]:
-    # The main process alone reads the file: the other machines of a run may not see it.
-    checkpoint = on_main_process(_load_without_training_state, path)
-    return build_model(checkpoint, device), checkpoint
-
-
 def _load_without_training_state(path: str | Path) -> Checkpoint:
     training_state = ("optimizer", "lr_scheduler", "history", "training_model")
     return {name: value for name, value in load_checkpoint(path).items() if name not in training_state}
 
 
-def _open(root: str, train: bool, checkpoint: Checkpoint, val_split: int = 0) -> DriveDataset:
+def _open(files: Sequence[LabelledPhotograph], checkpoint: Checkpoint) -> DriveDataset:
+    """Photographs as the model of a checkpoint is to see them."""
+    num_classes = checkpoint["model_args"]["num_classes"] - 1
     transform = get_transform(False, checkpoint["mean"], checkpoint["std"])
-    return open_photographs(root, train, transform, normalization_of(checkpoint), val_split)
+    how = reading(normalization_of(checkpoint), checkpoint["fov_diameter"], num_classes)
+    return DriveDataset.of(files, transform, **how)
 
 
-def _use_flips(checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
-    return checkpoint.get("tta", False) if args.tta is None else args.tta
+def _files_to_score(args: argparse.Namespace, checkpoint: Checkpoint | None = None) -> list[LabelledPhotograph]:
+    """The photographs to score: without a checkpoint all, with one those that its weights were not trained on."""
+    files = []
+    for root in roots(args):
+        if fold(args):
+            files += Split(fold=fold(args)).divide(root)[1]
+            continue
+        photographs = photographs_to_score(root)
+        if checkpoint is not None and "trained_on" not in checkpoint and photographs[0].part == "training":
+            # The run did not record its photographs. It was an earlier version's, or the tutorial's, on DRIVE.
+            photographs = Split(checkpoint["args"].get("val_split") or None).divide(root)[1]
+        files += photographs
+    require_different(files)
+    trained_on = set(checkpoint.get("trained_on", ())) if checkpoint else set()
+    left = [item for item in files if item.digest not in trained_on]
+    if not left:
+        raise DatasetError(
+            f"--data-path {' '.join(roots(args))}: these weights were trained on all {len(files)} labelled photographs "
+            "there, so nothing can be scored; give others, or labels of the test photographs"
+        )
+    return left
 
 
 def _settle_threshold(
-    model: nn.Module, checkpoint: Checkpoint, device: torch.device, args: argparse.Namespace
+    model: nn.Module, checkpoint: Checkpoint, device: torch.device, args: argparse.Namespace, tta: bool
 ) -> Threshold:
     """The threshold that the flag gives; or with "auto" the best one, which is then stored in the file of weights.
 
@@ -133,10 +202,25 @@ def _settle_threshold(
     """
     if args.threshold != "auto":
         return Threshold(args.threshold, "--threshold")
-    val_split = checkpoint["args"].get("val_split", args.val_split) or 0
-    photographs = _open(args.data_path, not val_split, checkpoint, val_split)
-    tta = _use_flips(checkpoint, args)
-    value = best_threshold(model, photographs, device, tta=tta)
+    files, held_out = _files_for_threshold(checkpoint, args)
+    trained_scale = checkpoint.get("trained_scale")
+    value = best_threshold(model, _open(files, checkpoint), device, tta=tta, trained_scale=trained_scale)
     if is_main_process():
         add_to_checkpoint(checkpoint["path"], threshold=value, tta=tta)  # the threshold holds with these flips alone
-    return Threshold(value, f"auto: best Dice on {photographs.describe()} photographs")
+    return Threshold(value, f"auto: best Dice on {describe(files) if held_out else 'training'} photographs")
+
+
+def _files_for_threshold(checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[list[LabelledPhotograph], bool]:
+    """Training photographs to choose a threshold on, and whether they were held out."""
+    if "trained_on" in checkpoint:
+        files = [item for root in roots(args) for item in training_photographs(root)]
+        for digests, held_out in ((checkpoint["validated_on"], True), (checkpoint["trained_on"], False)):
+            if known := [item for item in files if item.digest in digests]:
+                return known, held_out
+        raise UsageError(
+            f"--threshold auto: --data-path {' '.join(roots(args))} holds no photograph that {checkpoint['path']} was "
+            "trained on or that was held out; give the data of that run, or a number"
+        )
+    val_split = checkpoint["args"].get("val_split", args.val_split) or 0
+    training, validated = Split(val_split).divide(args.data_path)
+    return (validated, True) if val_split else (training, False)

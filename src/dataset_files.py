@@ -1,0 +1,338 @@
+"""The files of a labelled data set: each photograph with its label, its ROI mask and its second observer's label."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from .errors import DatasetError
+from .photograph import images_in
+
+LABEL_FOLDERS = ("1st_manual", "labels", "masks_manual", "manual1")
+LABEL_ENDINGS = ("", "_manual1", "_mask", "_label", "_vessel", "_vessels", "_1stHO", "_gt")
+ROI_FOLDERS = ("mask", "masks")
+ROI_ENDINGS = ("_mask", "")
+SECOND_FOLDERS = ("2nd_manual",)
+SECOND_ENDINGS = ("_manual2", "_2ndHO", "")
+HELD_OUT_SHARE = 5  # without a test part, one of so many photographs is held out
+FIRST_FEW = 3  # faults that a message lists
+
+
+@dataclass(frozen=True)
+class LabelledPhotograph:
+    """The files of one photograph; what a data set does not have is None."""
+
+    photograph: Path
+    label: Path
+    roi_mask: Path | None
+    second_observer: Path | None
+    part: str  # "training", "test", or "all" of a data set that is not parted
+    root: Path  # the folder of the data set
+    fault: str | None = None  # of the second observer's file, which is left out
+
+    @property
+    def number(self) -> str:
+        """The part of the name before the first underscore, by which DRIVE pairs its files."""
+        return self.photograph.stem.split("_")[0]
+
+    @property
+    def digest(self) -> str:
+        """What tells the photograph from any other, wherever it lies: the start of the SHA-256 of its file."""
+        return _digest(self.photograph, self.photograph.stat().st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, modified: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def find_parts(root: str | Path) -> dict[str, Path]:
+    """The folders of a data set that hold `images`: "training" and "test" (either may be missing), or "all" alone.
+
+    Raises:
+        DatasetError: `root`, or the folder `DRIVE` in it, is no data set.
+    """
+    root = Path(root)
+    for folder in (root / "DRIVE", root):
+        parts = {name: folder / name for name in ("training", "test") if (folder / name / "images").is_dir()}
+        if parts:
+            return parts
+    if (root / "images").is_dir():
+        return {"all": root}
+    if not root.is_dir():
+        found = "there is no such folder"
+    else:
+        names = sorted(entry.name for entry in root.iterdir())
+        found = "found there: " + (", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "nothing")
+    raise DatasetError(
+        f"--data-path {root}: no DRIVE data set; looked for {root / 'DRIVE' / 'training' / 'images'} and "
+        f"{root / 'training' / 'images'}, or {root / 'images'} with {root / 'labels'}; {found}. "
+        "Give the folder that contains DRIVE, or a folder with images and labels"
+    )
+
+
+def find_photographs(folder: Path) -> list[Path]:
+    """The photographs in `folder/images`, of any format and sorted by name.
+
+    Raises:
+        DatasetError: there are none.
+    """
+    photographs = images_in(folder / "images")
+    if not photographs:
+        raise DatasetError(f"{folder / 'images'}: no photographs there (tif, png, jpg, ...); unpack the data set again")
+    return photographs
+
+
+def has_labels(folder: Path) -> bool:
+    """Whether a part of a data set holds labels; the test part of the official DRIVE has come without for years."""
+    return any(images_in(folder / name) for name in LABEL_FOLDERS)
+
+
+def pair(part: str, folder: Path) -> list[LabelledPhotograph]:
+    """Each photograph of a part, in its folder, with its companions.
+
+    A photograph `21_training.tif` has the label `21_manual1.*` (as in DRIVE). Where there is none, it has the one of
+    its own stem, with one of LABEL_ENDINGS behind it. Labels lie in LABEL_FOLDERS. ROI masks and the labels of a second
+    observer are found the same way and may be missing. Capitals and small letters are the same.
+
+    A fault of a second observer's file is kept with the photograph.
+
+    Raises:
+        DatasetError: a label is missing, or a label or ROI mask is ambiguous or belongs to two photographs.
+    """
+    photographs = find_photographs(folder)
+    labels = _Companions(folder, LABEL_FOLDERS, LABEL_ENDINGS, "_manual1")
+    second_observers = _Companions(folder, SECOND_FOLDERS, SECOND_ENDINGS, "_manual2")
+    roi_masks = _Companions(folder, ROI_FOLDERS, ROI_ENDINGS, f"_{folder.name}_mask")
+    pairs = [
+        LabelledPhotograph(
+            photograph,
+            labels.find(photograph, "label", required=True),
+            roi_masks.find(photograph, "field-of-view mask"),
+            second_observers.find(photograph, "second observer's label"),
+            part,
+            folder if part == "all" else folder.parent,
+            second_observers.fault_of(photograph),
+        )
+        for photograph in photographs
+    ]
+    for companions in (labels, roi_masks):
+        companions.require_sound()
+    return pairs
+
+
+def match_masks(photographs: Sequence[Path], folder: str | Path) -> list[Path]:
+    """The file in a folder that holds each photograph's predicted vessels, by the rule for labels.
+
+    Raises:
+        DatasetError: one is missing, or ambiguous, or belongs to two photographs.
+    """
+    if not Path(folder).is_dir():
+        raise DatasetError(f"--masks {folder}: no such folder; give one with a mask of each photograph")
+    masks = _Companions(Path(folder), (".",), LABEL_ENDINGS, "_manual1")
+    found = [masks.find(photograph, "mask", required=True) for photograph in photographs]
+    masks.require_sound()
+    return found
+
+
+class _Companions:
+    """The files of some folders, as companions of photographs."""
+
+    def __init__(self, folder: Path, names: Iterable[str], endings: Sequence[str], drive_ending: str) -> None:
+        self.folders = [folder / name for name in names]
+        self.endings, self.drive_ending = endings, drive_ending
+        self.by_stem: dict[str, list[Path]] = {}
+        for file in (file for place in self.folders for file in images_in(place)):
+            self.by_stem.setdefault(file.stem.lower(), []).append(file)
+        self.taken: dict[Path, Path] = {}  # companion -> photograph
+        self.faults: dict[Path, str] = {}  # by photograph
+
+    def find(self, photograph: Path, kind: str, required: bool = False) -> Path | None:
+        stem, drive_name = photograph.stem.lower(), photograph.stem.split("_")[0] + self.drive_ending
+        # A photograph is not its own companion, where photographs and masks lie in one folder.
+        files = self.by_stem.get(drive_name.lower()) or [
+            file
+            for ending in self.endings
+            for file in self.by_stem.get(stem + ending.lower(), [])
+            if file != photograph
+        ]
+        if not files:
+            if required:
+                self.faults[photograph] = f"{photograph}: its {kind} {self._expected(drive_name)} is missing"
+            return None
+        if len(files) > 1:
+            self.faults[photograph] = f"{photograph}: its {kind} is ambiguous: {files[0]} or {files[1]}"
+        elif (other := self.taken.setdefault(files[0], photograph)) != photograph:
+            self.faults[photograph] = f"{photograph}: has the same {kind} as {other}, {files[0]}"
+        return files[0]
+
+    def fault_of(self, photograph: Path) -> str | None:
+        """What is wrong with the companion that was looked for last."""
+        return self.faults.get(photograph)
+
+    def _expected(self, name: str) -> Path:
+        """The file that DRIVE would have, in the folder that is there."""
+        place = next((folder for folder in self.folders if folder.is_dir()), self.folders[0])
+        return place / f"{name}.gif"
+
+    def require_sound(self) -> None:
+        """Raise the faults so far, the first few in words.
+
+        Raises:
+            DatasetError: there are any.
+        """
+        if not self.faults:
+            return
+        more = f" (and {len(self.faults) - FIRST_FEW} more)" if len(self.faults) > FIRST_FEW else ""
+        endings = ", ".join(f"STEM{ending}.*" for ending in self.endings)
+        raise DatasetError(
+            f"{'; '.join(list(self.faults.values())[:FIRST_FEW])}{more}. A photograph NUMBER_... has the file "
+            f"NUMBER{self.drive_ending}.*, else one of its own stem, {endings}, in "
+            f"{' or '.join(str(folder) for folder in self.folders)}; add or rename files, or take photographs out"
+        )
+
+
+def training_photographs(root: str | Path) -> list[LabelledPhotograph]:
+    """The photographs of a data set's training part, or all of one that has no parts.
+
+    Raises:
+        DatasetError: there are none, or as `pair`.
+    """
+    parts = find_parts(root)
+    part = next((part for part in ("training", "all") if part in parts), None)
+    if part is None:
+        folder = parts["test"].parent / "training" / "images"
+        raise DatasetError(f"--data-path {root}: has no training photographs; put them into {folder}")
+    return pair(part, parts[part])
+
+
+def photographs_to_score(root: str | Path) -> list[LabelledPhotograph]:
+    """The labelled test photographs of a data set; where these have no labels, all others.
+
+    Raises:
+        DatasetError: there are none, or as `pair`.
+    """
+    parts = find_parts(root)
+    test = parts.get("test")
+    return pair("test", test) if test and (len(parts) == 1 or has_labels(test)) else training_photographs(root)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which photographs are trained on and which are held out to validate on.
+
+    Attributes:
+        val_split: the last photographs of each data set to hold out of its training part; 0: none, validate on the test
+            part; None: as 0 where the test part has labels, else one in HELD_OUT_SHARE.
+        fold: (K, N): hold out the K-th of N parts of the training photographs, K from 1.
+    """
+
+    val_split: int | None = 0
+    fold: tuple[int, int] | None = None
+
+    def divide(
+        self, roots: str | Path | Sequence[str | Path]
+    ) -> tuple[list[LabelledPhotograph], list[LabelledPhotograph]]:
+        """The photographs of one or more data sets to train on, and those to validate on.
+
+        Raises:
+            DatasetError: there are none, or files are missing, or the split leaves nothing.
+        """
+        training, validated = [], []
+        for root in [roots] if isinstance(roots, str | Path) else roots:
+            for photographs, more in zip((training, validated), self._divide_one(root), strict=True):
+                photographs += more
+        require_different(training, validated)
+        return training, validated
+
+    def _divide_one(self, root: str | Path) -> tuple[list[LabelledPhotograph], list[LabelledPhotograph]]:
+        photographs = training_photographs(root)
+        if self.fold:
+            fold = set(_fold(photographs, *self.fold))
+            return [item for item in photographs if item not in fold], [item for item in photographs if item in fold]
+        held_out = self.held_out(root)
+        if held_out:
+            return photographs[:-held_out], photographs[-held_out:]
+        return photographs, pair("test", photographs[0].root / "test")
+
+    def held_out(self, root: str | Path) -> int:
+        """How many of the last training photographs of a data set are validated on; 0: the test photographs are.
+
+        Raises:
+            DatasetError: that leaves none to train on, or none to validate on.
+        """
+        parts = find_parts(root)
+        folder = parts.get("training") or parts["all"]
+        count = len(find_photographs(folder))
+        if self.val_split:
+            if self.val_split < count:
+                return self.val_split
+            raise DatasetError(
+                f"--val-split {self.val_split}: {count} training photographs in {folder / 'images'} leave room for 1 "
+                f"to {count - 1}"
+            )
+        if "training" in parts and (self.val_split == 0 or has_labels(parts.get("test", folder.parent / "test"))):
+            return 0
+        if count == 1:
+            raise DatasetError(
+                f"--data-path {root}: a single training photograph, and no labels of test photographs; "
+                "nothing is left to validate on"
+            )
+        return min(max(round(count / HELD_OUT_SHARE), 1), count - 1)
+
+
+def require_different(training: Sequence[LabelledPhotograph], others: Sequence[LabelledPhotograph] = ()) -> None:
+    """Raise where a file is named twice, or where a photograph of the training is among the others.
+
+    Raises:
+        DatasetError: there is such a photograph.
+    """
+    files: set[Path] = set()
+    for item in (*training, *others):
+        if (file := item.photograph.resolve()) in files:
+            raise DatasetError(f"--data-path: {item.photograph} is named twice; name each data set once")
+        files.add(file)
+    trained = {item.digest: item.photograph for item in training} if others else {}
+    for item in others:
+        if item.digest in trained:
+            raise DatasetError(
+                f"{item.photograph}: is the same photograph as {trained[item.digest]}, which is trained on; take one "
+                "of them out"
+            )
+
+
+def _fold(photographs: Sequence[LabelledPhotograph], number: int, folds: int) -> Iterator[LabelledPhotograph]:
+    """The photographs of one fold. It depends on their names alone, and not on what their order may mean."""
+    if folds > len(photographs):
+        raise DatasetError(
+            f"--fold {number}/{folds}: {photographs[0].photograph.parent} holds {len(photographs)} photographs, too "
+            f"few for {folds} folds"
+        )
+    shuffled = sorted(photographs, key=lambda item: hashlib.sha256(item.photograph.name.encode()).digest())
+    yield from shuffled[number - 1 :: folds]
+
+
+def describe(files: Sequence[LabelledPhotograph]) -> str:
+    """Which photographs these are, in words: "test", or with their names "held-out training (35, 36)"."""
+    names = root_names(files)
+    parts = {name: _describe_one([item for item in files if item.root == root]) for root, name in names.items()}
+    if len(set(parts.values())) == 1:
+        return next(iter(parts.values()))
+    return "; ".join(f"{name}: {part}" for name, part in parts.items())
+
+
+def _describe_one(items: Sequence[LabelledPhotograph]) -> str:
+    if items[0].part == "test":
+        return "test"
+    names = [item.number for item in items]
+    if len(set(names)) < len(items) or not all(name.isdigit() for name in names):
+        names = [item.photograph.stem for item in items]
+    return f"held-out training ({', '.join(names)})"
+
+
+def root_names(files: Iterable[LabelledPhotograph]) -> dict[Path, str]:
+    """A name for the folder of each data set: its own, or the whole path where two have the same."""
+    roots = list(dict.fromkeys(item.root for item in files))
+    own = [root.resolve().name for root in roots]
+    return {root: name if own.count(name) == 1 else str(root) for root, name in zip(roots, own, strict=True)}

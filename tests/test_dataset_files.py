@@ -1,0 +1,184 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from src.dataset_files import Split, describe, find_parts, has_labels, match_masks, pair, photographs_to_score
+from src.errors import DatasetError
+
+ENDINGS = ["", "_manual1", "_mask", "_label", "_vessel", "_vessels", "_1stHO", "_gt"]
+
+
+def touch(*paths):
+    """Files of which only the names count."""
+    for path in map(Path, paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(str(path).encode())
+
+
+def plain(root, count):
+    for number in range(1, count + 1):
+        touch(root / "images" / f"eye_{number:02}.jpg", root / "labels" / f"eye_{number:02}.png")
+    return root
+
+
+def stems(items):
+    return [item.photograph.stem for item in items]
+
+
+@pytest.mark.parametrize("folder", ["1st_manual", "labels", "masks_manual", "manual1"])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_labels_by_stem(tmp_path, folder, ending):
+    touch(tmp_path / "images" / "left eye.JPG", tmp_path / folder / f"left eye{ending}.Tiff")
+    (item,) = pair("all", tmp_path)
+    assert item.label == tmp_path / folder / f"left eye{ending}.Tiff"
+    assert item.roi_mask is None and item.second_observer is None
+
+
+@pytest.mark.parametrize("suffix", ["tif", "tiff", "png", "jpg", "jpeg", "bmp", "ppm", "gif", "TIF", "Png"])
+def test_formats(tmp_path, suffix):
+    touch(tmp_path / "images" / f"a.{suffix}", tmp_path / "labels" / f"A_GT.{suffix}")
+    (item,) = pair("all", tmp_path)
+    assert item.photograph.name == f"a.{suffix}" and item.label.name == f"A_GT.{suffix}"
+
+
+def test_the_rule_of_drive_comes_first(tmp_path):
+    training = tmp_path / "training"
+    touch(training / "images" / "21_training.tif")
+    touch(training / "1st_manual" / "21_manual1.gif", training / "1st_manual" / "21_training.gif")
+    touch(training / "mask" / "21_training_mask.gif", training / "2nd_manual" / "21_manual2.gif")
+    (item,) = pair("training", training)
+    assert item.label.name == "21_manual1.gif"
+    assert item.roi_mask.name == "21_training_mask.gif" and item.second_observer.name == "21_manual2.gif"
+    assert item.root == tmp_path and item.number == "21"
+
+
+def test_masks_of_the_plain_layout(tmp_path):
+    touch(tmp_path / "images" / "01_dr.jpg", tmp_path / "labels" / "01_dr.png", tmp_path / "masks" / "01_dr.png")
+    touch(tmp_path / "images" / "01_h.jpg", tmp_path / "labels" / "01_h.png", tmp_path / "masks" / "01_h_mask.png")
+    assert [item.roi_mask.name for item in pair("all", tmp_path)] == ["01_dr.png", "01_h_mask.png"]
+
+
+def test_missing_labels_are_listed(tmp_path):
+    plain(tmp_path, 6)
+    for number in range(1, 6):
+        (tmp_path / "labels" / f"eye_{number:02}.png").unlink()
+    with pytest.raises(DatasetError) as raised:
+        pair("all", tmp_path)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert all(f"eye_{number:02}.jpg: its label" in message for number in (1, 2, 3)) and "eye_04" not in message
+    assert "(and 2 more)" in message and "STEM_1stHO.*" in message and str(tmp_path / "labels") in message
+
+
+def test_ambiguous_labels(tmp_path):
+    plain(tmp_path, 2)
+    touch(tmp_path / "labels" / "eye_02_gt.png")
+    with pytest.raises(DatasetError, match=r"eye_02\.jpg: its label is ambiguous: .*eye_02\.png or .*eye_02_gt\.png"):
+        pair("all", tmp_path)
+
+
+def test_a_label_of_two_photographs(tmp_path):
+    training = tmp_path / "training"
+    touch(training / "images" / "21_training.tif", training / "images" / "21_second.tif")
+    touch(training / "1st_manual" / "21_manual1.gif")
+    with pytest.raises(DatasetError, match=r"21_training\.tif: has the same label as .*21_second\.tif, .*21_manual1"):
+        pair("training", training)
+
+
+def test_parts(tmp_path):
+    with pytest.raises(DatasetError, match="looked for .*training/images .*Give the folder"):
+        find_parts(tmp_path)
+    assert find_parts(plain(tmp_path / "plain", 1)) == {"all": tmp_path / "plain"}
+    for part in ("training", "test"):
+        plain(tmp_path / "DRIVE" / part, 2)
+    expected = {part: tmp_path / "DRIVE" / part for part in ("training", "test")}
+    assert find_parts(tmp_path) == find_parts(tmp_path / "DRIVE") == expected
+    shutil.rmtree(tmp_path / "DRIVE" / "training")
+    assert list(find_parts(tmp_path)) == ["test"]
+    assert len(photographs_to_score(tmp_path)) == 2
+    with pytest.raises(DatasetError, match="has no training photographs"):
+        Split().divide(tmp_path)
+
+
+@pytest.mark.parametrize("count, held_out", [(2, 1), (3, 1), (5, 1), (8, 2), (20, 4), (45, 9)])
+def test_without_a_test_part_the_last_fifth_is_held_out(tmp_path, count, held_out):
+    plain(tmp_path, count)
+    for split in (Split(), Split(None)):
+        training, validated = split.divide(tmp_path)
+        assert stems(training + validated) == [f"eye_{number:02}" for number in range(1, count + 1)]
+        assert len(validated) == held_out
+    assert len(photographs_to_score(tmp_path)) == count
+
+
+def test_a_single_photograph_leaves_nothing_to_validate_on(tmp_path):
+    with pytest.raises(DatasetError, match="a single training photograph"):
+        Split(None).divide(plain(tmp_path, 1))
+
+
+def test_test_labels_decide(tmp_path):
+    plain(tmp_path / "training", 10), plain(tmp_path / "test", 3)
+    assert [len(part) for part in Split(None).divide(tmp_path)] == [10, 3]
+    assert [len(part) for part in Split(4).divide(tmp_path)] == [6, 4]
+    assert len(photographs_to_score(tmp_path)) == 3
+    shutil.rmtree(tmp_path / "test" / "labels")
+    assert not has_labels(tmp_path / "test")
+    assert [len(part) for part in Split(None).divide(tmp_path)] == [8, 2]
+    assert stems(photographs_to_score(tmp_path)) == [f"eye_{number:02}" for number in range(1, 11)]
+    with pytest.raises(DatasetError, match="its label"):
+        Split(0).divide(tmp_path)  # asked to validate on the test part
+
+
+def test_folds_cover_everything_once(tmp_path):
+    roots = [plain(tmp_path / "a", 7), plain(tmp_path / "b", 12)]
+    everything = sorted(str(item.photograph) for root in roots for item in pair("all", root))
+    held_out = []
+    for number in range(1, 6):
+        training, validated = Split(fold=(number, 5)).divide(roots)
+        assert sorted(str(item.photograph) for item in training + validated) == everything
+        assert {item.root for item in validated} == set(roots)
+        assert [sum(item.root == root for item in validated) for root in roots] in ([1, 2], [2, 2], [1, 3], [2, 3])
+        held_out += validated
+        assert Split(fold=(number, 5)).divide(roots) == (training, validated)
+    assert sorted(str(item.photograph) for item in held_out) == everything
+    # Names that carry a meaning (left, right, left, ...) must not decide the fold.
+    assert stems(Split(fold=(1, 2)).divide(roots[1])[1]) != [f"eye_{number:02}" for number in range(1, 13, 2)]
+    with pytest.raises(DatasetError, match="--fold 1/8: .* holds 7 photographs"):
+        Split(fold=(1, 8)).divide(roots[0])
+
+
+def test_descriptions(tmp_path):
+    plain(tmp_path / "HRF", 5), plain(tmp_path / "DRIVE" / "training", 3), plain(tmp_path / "DRIVE" / "test", 1)
+    training, validated = Split(None).divide([tmp_path, tmp_path / "HRF"])
+    assert describe(validated) == "DRIVE: test; HRF: held-out training (eye_05)"
+    assert describe(Split(2).divide(tmp_path)[1]) == "held-out training (eye_02, eye_03)"
+    assert describe(Split(None).divide(tmp_path)[1]) == "test"
+
+
+def test_masks_of_other_programs(tmp_path):
+    photographs = [Path("left.jpg"), Path("right.jpg")]
+    touch(tmp_path / "left_vessels.png", tmp_path / "left_overlay.png", tmp_path / "right.gif")
+    assert [path.name for path in match_masks(photographs, tmp_path)] == ["left_vessels.png", "right.gif"]
+    (tmp_path / "right.gif").unlink()
+    with pytest.raises(DatasetError, match=r"right\.jpg: its mask"):
+        match_masks(photographs, tmp_path)
+
+
+def test_digests_follow_the_photograph(tmp_path):
+    plain(tmp_path / "a", 2)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "images" / "eye_01.jpg").rename(tmp_path / "b" / "images" / "renamed.jpg")
+    (tmp_path / "b" / "labels" / "eye_01.png").rename(tmp_path / "b" / "labels" / "renamed.png")
+    digests = [{item.digest for item in pair("all", tmp_path / name)} for name in "ab"]
+    assert digests[0] == digests[1] and len(digests[0]) == 2
+
+
+def test_real_data_sets(real_drive):
+    for name, count, masked in (("HRF", 45, True), ("ARIA", 48, False)):
+        if not (real_drive / name).is_dir():
+            pytest.skip(f"{name} is not at hand")
+        items = pair("all", real_drive / name)
+        assert len(items) == count and all((item.roi_mask is not None) == masked for item in items)
+        with Image.open(items[0].photograph) as photograph, Image.open(items[0].label) as label:
+            assert photograph.size == label.size

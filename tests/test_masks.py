@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from src.errors import DatasetError
+from src.masks import read_binary_mask, read_classes
+
+VESSELS = np.zeros((40, 50), bool)
+VESSELS[10:20, 5:45] = True
+
+
+def save(array, path, mode=None):
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(path)
+    return path
+
+
+def palette(path, dark, light):
+    """A GIF with two levels in its palette, as the official second observer's files."""
+    image = Image.fromarray(VESSELS.astype(np.uint8), "P")
+    image.putpalette([dark] * 3 + [light] * 3)
+    image.save(path)
+    return path
+
+
+@pytest.mark.parametrize("dark, light", [(0, 255), (3, 253), (64, 192), (0, 244), (40, 250)])
+def test_two_levels(tmp_path, dark, light):
+    grey = np.where(VESSELS, light, dark).astype(np.uint8)
+    for path in (save(grey, tmp_path / "grey.png"), palette(tmp_path / "palette.gif", dark, light)):
+        assert np.array_equal(read_binary_mask(path), VESSELS)
+
+
+def test_kinds_of_files(tmp_path):
+    white = VESSELS * np.uint8(255)
+    transparent = np.dstack([np.full((40, 50, 3), 255, np.uint8), white])  # white vessels on nothing
+    opaque = np.dstack([white, white, white, np.full((40, 50), 255, np.uint8)])
+    for number, path in enumerate(
+        (
+            save(white, tmp_path / "l.png"),
+            save(white, tmp_path / "1.png", "1"),
+            save(white, tmp_path / "rgb.bmp", "RGB"),
+            save(white, tmp_path / "rgb.ppm", "RGB"),
+            save(white, tmp_path / "p.gif", "P"),
+            save(opaque, tmp_path / "rgba.png"),
+            save(transparent, tmp_path / "transparent.png"),
+            save(VESSELS.astype(np.uint8), tmp_path / "01.png"),
+            save(VESSELS.astype(np.uint16) * 65535, tmp_path / "16.png"),
+            save(VESSELS.astype(np.uint16) * 65535, tmp_path / "16.tif"),
+        )
+    ):
+        assert np.array_equal(read_binary_mask(path), VESSELS), number
+
+
+def test_smear_of_jpeg(tmp_path):
+    wide = np.pad(np.kron(VESSELS, np.ones((9, 9), bool)), ((3, 0), (5, 0)))  # edges within the blocks of 8 x 8
+    path = tmp_path / "label.jpg"
+    Image.fromarray(wide * np.uint8(255)).save(path, quality=75)
+    assert len(np.unique(np.array(Image.open(path)))) > 10
+    assert np.array_equal(read_binary_mask(path), wide)
+
+
+def test_black_or_white_alone(tmp_path):
+    assert not read_binary_mask(save(np.zeros((4, 5), np.uint8), tmp_path / "a.png")).any()
+    assert read_binary_mask(save(np.ones((4, 5), np.uint8), tmp_path / "b.png")).all()
+    assert read_binary_mask(save(np.full((4, 5), 255, np.uint8), tmp_path / "c.png")).all()
+
+
+@pytest.mark.parametrize(
+    "values", [(0, 1, 2), (0, 128, 255), (38,), (0, 100), (0, 64), (65, 255), (0, 191), tuple(range(0, 256, 51))]
+)
+def test_what_is_not_black_and_white(tmp_path, values):
+    path = save(np.resize(np.array(values, np.uint8), (40, 50)), tmp_path / "label.png")
+    named = ", ".join(map(str, values))
+    with pytest.raises(DatasetError, match=f"label.png: a mask must be black and white, .* holds the values {named};"):
+        read_binary_mask(path)
+
+
+def test_a_hundredth_may_lie_in_between(tmp_path):
+    grey = np.where(VESSELS, 255, 0).astype(np.uint8)
+    grey.flat[:20] = 100  # of 2000
+    assert np.array_equal(read_binary_mask(save(grey, tmp_path / "a.png")), VESSELS)
+    grey.flat[20] = 100
+    with pytest.raises(DatasetError, match="0, 100, 255"):
+        read_binary_mask(save(grey, tmp_path / "b.png"))
+
+
+def test_classes(tmp_path):
+    classes = np.zeros((40, 50), np.uint8)
+    classes[5:15], classes[20:30] = 1, 2
+    grey = save(classes, tmp_path / "grey.png")
+    image = Image.fromarray(classes, "P")
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])  # black, red, blue
+    image.save(tmp_path / "palette.png")
+    for path in (grey, tmp_path / "palette.png"):
+        assert np.array_equal(read_classes(path, 2), classes)
+    with pytest.raises(DatasetError, match="grey.png: a mask must be black and white, .* holds the values 0, 1, 2;"):
+        read_classes(grey, 1)
+    binary = save(VESSELS * np.uint8(254), tmp_path / "binary.png")
+    with pytest.raises(DatasetError, match="binary.png: holds the values 0, 254, but --num-classes 2 allows 0"):
+        read_classes(binary, 2)
+    classes[0] = 255
+    assert read_classes(save(classes, tmp_path / "unknown.png"), 2)[0, 0] == 255

@@ -1,0 +1,108 @@
+"""Put several scores.json together: of folds, of seeds, or of two methods.
+
+    python -m train_utils.scoring.compare a/*/scores.json                       # mean and deviation of each score
+    python -m train_utils.scoring.compare a/*/scores.json --against b/*/scores.json   # and the paired differences
+
+A photograph that several files score (other seeds, other runs) counts once, with the mean of its scores.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from src.errors import UserError
+
+from ..command_line import Parser, run_script
+
+COMPARED = {"dice": "Dice", "sensitivity": "sensitivity", "specificity": "specificity", "cl_dice": "clDice"}
+
+# A score by the photograph's digest, one value of each file.
+Scores = dict[str, list[float]]
+
+
+class ScoresError(UserError):
+    """A file is no scores.json, or two sets of files cannot be compared; the message names it."""
+
+
+def read_scores(paths: Iterable[str | Path], score: str) -> Scores:
+    """One score of each photograph, inside the field of view, out of files that `train.py` wrote as scores.json.
+
+    Raises:
+        ScoresError: a file cannot be read, or holds no scores of photographs.
+    """
+    values: Scores = {}
+    for path in paths:
+        try:
+            rows = json.loads(Path(path).read_text())["each_photograph"]
+            for row in rows:
+                if row[score] is not None:
+                    values.setdefault(row["digest"], []).append(float(row[score]))
+        except OSError as error:
+            raise ScoresError(f"{path}: cannot be read ({error.strerror or error}); give files scores.json") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ScoresError(
+                f"{path}: holds no scores of photographs; give a scores.json that train.py --test-only wrote"
+            ) from error
+    return values
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation of the sample (n - 1); a dash where there is no value."""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{deviation}"
+
+
+def paired(first: Scores, second: Scores) -> list[float]:
+    """Of each photograph in both, the mean of the first scores less the mean of the second ones."""
+    return [statistics.fmean(first[key]) - statistics.fmean(second[key]) for key in first if key in second]
+
+
+def report(files: Sequence[str], against: Sequence[str]) -> str:
+    """The table, a line for each score.
+
+    Raises:
+        ScoresError: a file cannot be used, or no photograph is in both sets.
+    """
+    lines = []
+    for score, heading in COMPARED.items():
+        scores = read_scores(files, score)
+        if not lines:
+            count = sum(map(len, scores.values()))
+            lines.append(f"{len(files)} files, {len(scores)} photographs, {count} scores; mean ± standard deviation")
+        means = [statistics.fmean(values) for values in scores.values()]
+        every = [value for values in scores.values() for value in values]
+        line = f"{heading:12}over photographs {spread(means)}, over all scores {spread(every)}"
+        if against and scores:
+            others = read_scores(against, score)
+            differences = paired(scores, others)
+            if not differences:
+                raise ScoresError(f"--against {against[0]}: scores none of the photographs of {files[0]}")
+            error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+            better = sum(difference > 0 for difference in differences)
+            line += (
+                f"   against {spread([statistics.fmean(values) for values in others.values()])}   paired difference "
+                f"{statistics.fmean(differences):+.4f}, standard error {error:.4f}, higher in {better} of "
+                f"{len(differences)}"
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    print(report(args.scores, args.against))
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("scores", nargs="+", metavar="scores.json", help="files of one method: folds, seeds")
+    parser.add_argument("--against", nargs="+", default=[], metavar="scores.json", help="files of another one")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser().parse_args())
