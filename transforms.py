@@ -292,12 +292,7 @@ class SegmentationPresetRotation(Compose):
     """
 
     def __init__(
-        self,
-        base_size: int | None = 565,
-        crop_size: int = 256,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
+        self, base_size: int | None = 565, crop_size: int = 256, *, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__(
             [
@@ -312,12 +307,7 @@ class SegmentationPresetAnyCamera(Compose):
     """As the rotation preset, with more of what differs between cameras: scale, shape, light, colours, sharpness."""
 
     def __init__(
-        self,
-        base_size: int | None = 565,
-        crop_size: int = 256,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
+        self, base_size: int | None = 565, crop_size: int = 256, *, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__(
             [RandomAffineCrop(crop_size, 0.7, 1.4, base_size, bend=0.01, fill=mean), OtherCamera(mean, std)]

@@ -88,12 +88,12 @@ def _predictions(
 
     With `tta` the logits are those of the mean probabilities over the four flips.
     """
-    quick_model = for_inference(model)
+    fast_model = for_inference(model)
     loader = evaluation_loader(dataset, workers=0, pin_memory=False)
     batches = MetricLogger(delimiter="  ").log_every(loader, 100, header)
     for index, (image, label) in zip(loader.sampler, batches, strict=True):
         image = image.to(device)
-        logits = _mean_over_flips(quick_model, image) if tta else quick_model(image)["out"]
+        logits = _mean_over_flips(fast_model, image) if tta else fast_model(image)["out"]
         yield index, logits_of_size(logits, label.shape[-2:]), label.to(device)
 
 
