@@ -16,17 +16,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from src.colours import DRIVE_MEAN as DRIVE_MEAN  # also found here
+from src.colours import DRIVE_STD as DRIVE_STD
 from src.dataset_files import LabelledPhotograph, Split, root_names
 from src.errors import DatasetError
+from src.field_of_view import DRIVE_FOV_DIAMETER as DRIVE_FOV_DIAMETER
 from src.field_of_view import field_of_view_diameter, find_field_of_view
 from src.masks import read_binary_mask, read_classes
 from src.photograph import read_photograph
 from src.segment import match_scale, rescale
-
-# Channel mean and standard deviation inside the field of view, over DRIVE's 20 training photographs, in [0, 1].
-DRIVE_MEAN = (0.709, 0.381, 0.224)
-DRIVE_STD = (0.127, 0.079, 0.043)
-DRIVE_FOV_DIAMETER = 540.0  # pixels across the field of view, from 536 to 541
 
 BACKGROUND, VESSEL, OUTSIDE = 0, 1, 255  # the values of a label; OUTSIDE the field of view nothing is learned or scored
 
@@ -40,8 +38,8 @@ class DriveDataset(Dataset):
         root: the folder that contains `DRIVE`, the DRIVE folder itself, or one with `images` and `labels`; or several.
         train: the training photographs; else those to validate on.
         transforms: called as `transforms(image, label)` on each item.
-        val_split, fold: which photographs are held out, see `src.dataset_files.Split`; `train=False` gives these, or
-            the test photographs where there are none.
+        val_split, fold, train_on_all: which photographs are held out, see `src.dataset_files.Split`; `train=False`
+            gives these, or the test photographs where there are none.
         num_classes: classes of the labels, without the background.
         fov_diameter: pixels across the field of view that each photograph is brought to; None: none is resized.
         prepare: makes of a photograph, uint8 [H, W, 3], and its field of view, bool [H, W], what is to be kept of it.
@@ -63,9 +61,10 @@ class DriveDataset(Dataset):
         *,
         val_split: int | None = 0,
         fold: tuple[int, int] | None = None,
+        train_on_all: bool = False,
         **reading: Any,
     ) -> None:
-        training, validated = Split(val_split, fold).divide(root)
+        training, validated = Split(val_split, fold, train_on_all).divide(root)
         self._read(training if train else validated, transforms, resize_labels=train, **reading)
 
     @classmethod

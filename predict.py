@@ -1,23 +1,18 @@
 """Segment the vessels of retinal photographs with trained weights."""
 
 import argparse
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from src.colours import prepare
+from src import Segmenter
 from src.errors import DatasetError
-from src.field_of_view import field_of_view_diameter
-from src.inference import for_inference
 from src.photograph import PhotographError, list_photographs, read_photograph
 from src.roi_mask import choose_field_of_view, require_roi_mask
-from src.segment import match_scale, segment, widening
-from train_utils.checkpoint import Checkpoint, load_model, normalization_of
+from src.segmenter import PRETRAINED
+from src.weights import Checkpoint, load_model
 from train_utils.command_line import (
     Parser,
     UsageError,
@@ -33,11 +28,15 @@ from train_utils.flags import add_amp_flags
 from train_utils.prediction_files import COLUMNS, Prediction, plan_outputs, progress_line, table_row, write_pictures
 from train_utils.settings import amp_dtype, settle_amp
 
+TRAINED = Path("save_weights", "best_model.pth")
+
 
 def main(args: argparse.Namespace) -> None:
     device = select_device(args.device)
     print(f"using {device} device.")
     settle_amp(args, device)
+    args.weights = choose_weights(args.weights)
+    print(f"weights: {args.weights}")
     if args.export:
         export_onnx(args.weights, args.export)
         print(f"{args.export}: the model of {args.weights} as ONNX")
@@ -47,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     require_roi_mask(args.roi_mask)
     model, checkpoint = load_model(args.weights, device)
     settle_by_checkpoint(args, checkpoint)
-    model = for_inference(model, amp=args.amp)
+    segmenter = Segmenter(model, checkpoint, amp_dtype(args))
     make_output_folder(masks[0].parent, "--output")
 
     rows, failures = [], []
@@ -55,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         for number, (path, mask) in enumerate(zip(photographs, masks, strict=True), start=1):
             started = time.perf_counter()
             try:
-                prediction = predict(path, model, checkpoint, args)
+                prediction = predict(path, segmenter, args)
                 write_pictures(prediction, mask, args)
                 rows.append(table_row(prediction, time.perf_counter() - started))
                 outcome = f"{progress_line(prediction)} -> {mask}"
@@ -72,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
         raise PhotographError("\n  ".join([f"{len(failures)} of {len(photographs)} photographs failed:", *failures]))
 
 
-def predict(path: Path, model: nn.Module, checkpoint: Checkpoint, args: argparse.Namespace) -> Prediction:
+def predict(path: Path, segmenter: Segmenter, args: argparse.Namespace) -> Prediction:
     """Read a photograph, find its field of view and segment it.
 
     Raises:
@@ -81,40 +80,28 @@ def predict(path: Path, model: nn.Module, checkpoint: Checkpoint, args: argparse
     """
     photograph = read_photograph(path)
     field_of_view, retina = choose_field_of_view(path, photograph, args.roi_mask)
-    diameter = field_of_view_diameter(retina)
-    scale = match_scale(diameter, checkpoint["fov_diameter"]) if args.scale == "auto" else args.scale
     started = time.perf_counter()
     try:
-        probabilities = segment(
-            model,
-            prepare(photograph, retina, normalization_of(checkpoint)),
-            checkpoint["mean"],
-            checkpoint["std"],
-            scale=scale,
-            tile=args.tile,
+        segmentation = segmenter(
+            photograph,
+            field_of_view,
+            retina,
+            threshold=args.threshold,
+            scale=None if args.scale == "auto" else args.scale,
             flips=args.tta,
+            tile=args.tile,
             batch_size=args.batch_size,
-            amp_dtype=amp_dtype(args),
         )
     except torch.OutOfMemoryError as error:
         raise UsageError(f"--tile: {path} does not fit into the GPU's memory; try --tile 512 --batch-size 1") from error
-    seconds = time.perf_counter() - started
-    shift = widening(scale, checkpoint.get("trained_scale"))
-    labels = np.where(field_of_view, classify(probabilities, args.threshold, shift), 0).astype(np.uint8)
-    return Prediction(path, photograph, field_of_view, diameter, scale, probabilities, labels, seconds)
+    return Prediction(**vars(segmentation), path=path, inference_seconds=time.perf_counter() - started)
 
 
-def classify(probabilities: Tensor, threshold: float, shift: float = 0.0) -> np.ndarray:
-    """The class of each pixel, [H, W]: by the threshold for two classes, else the most probable one.
-
-    `shift` is added to the log-odds of the threshold.
-    """
-    if len(probabilities) == 1:
-        if shift:
-            threshold = 1 / (1 + (1 - threshold) / threshold * math.exp(-shift))
-        return (probabilities[0] > threshold).numpy()
-    background = 1 - probabilities.sum(dim=0, keepdim=True)
-    return torch.cat([background, probabilities]).argmax(dim=0).numpy()
+def choose_weights(weights: str | None) -> Path:
+    """The file of --weights; without the flag that of one's own training, else the one of the project."""
+    if weights is not None:
+        return Path(weights)
+    return PRETRAINED if PRETRAINED.exists() and not TRAINED.exists() else TRAINED
 
 
 def settle_by_checkpoint(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
@@ -144,7 +131,11 @@ def scale_or_auto(text: str) -> float | str:
 def get_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--weights", default="./save_weights/best_model.pth", help="weights that train.py or the tutorial wrote")
+    add(
+        "--weights",
+        help=f"weights that train.py or the tutorial wrote (default: ./{TRAINED}, or where there is none "
+        f"{PRETRAINED.parent.name}/{PRETRAINED.name}, which come with the project)",
+    )
     add(
         "--image",
         nargs="+",

@@ -53,8 +53,7 @@ def main(args: argparse.Namespace) -> None:
         model, device, len(train_loader), args, train_data.files, val_data.files, train_data.median_scale()
     )
     best_dice = fit(model, state, train_loader, val_loaders, checkpoint)
-    conclude_training(device, args)
-    print(f"best Dice {best_dice:.3f}; the weights are in {args.output_dir}")
+    conclude_training(device, args, best_dice)
     if args.demo:
         photograph, roi_mask = val_data.files[0].photograph, val_data.files[0].roi_mask
         print(

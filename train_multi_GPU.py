@@ -50,9 +50,7 @@ def main(args: argparse.Namespace) -> None:
         raw_model, device, len(train_loader), args, train_data.files, val_data.files, train_data.median_scale()
     )
     best_dice = fit(model, state, train_loader, val_loaders, checkpoint)
-    conclude_training(device, args)
-    if is_main_process():
-        print(f"best Dice {best_dice:.3f}; the weights are in {args.output_dir}")
+    conclude_training(device, args, best_dice)
     leave_distributed_mode()
 
 

@@ -12,6 +12,10 @@ from torchvision.transforms.v2 import functional as F
 
 from .field_of_view import field_of_view_diameter
 
+# Channel mean and standard deviation inside the field of view, over DRIVE's 20 training photographs, in [0, 1].
+DRIVE_MEAN = (0.709, 0.381, 0.224)
+DRIVE_STD = (0.127, 0.079, 0.043)
+
 DARK = 40  # levels of 255; surroundings up to this count as black
 ONE_COLOUR = 16  # levels by which three quarters of the surroundings may differ from their median
 LIGHT_SIGMA = 1 / 18  # standard deviation of the Gaussian for local means, as a share of the diameter

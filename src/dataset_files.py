@@ -226,10 +226,12 @@ class Split:
         val_split: the last photographs of each data set to hold out of its training part; 0: none, validate on the test
             part; None: as 0 where the test part has labels, else one in HELD_OUT_SHARE.
         fold: (K, N): hold out the K-th of N parts of the training photographs, K from 1.
+        train_on_all: train on every labelled photograph, those of a test part too, and hold out none.
     """
 
     val_split: int | None = 0
     fold: tuple[int, int] | None = None
+    train_on_all: bool = False
 
     def divide(
         self, roots: str | Path | Sequence[str | Path]
@@ -248,6 +250,9 @@ class Split:
 
     def _divide_one(self, root: str | Path) -> tuple[list[LabelledPhotograph], list[LabelledPhotograph]]:
         photographs = training_photographs(root)
+        if self.train_on_all:
+            test = find_parts(root).get("test")
+            return photographs + (pair("test", test) if test and has_labels(test) else []), []
         if self.fold:
             fold = set(_fold(photographs, *self.fold))
             return [item for item in photographs if item not in fold], [item for item in photographs if item in fold]
@@ -314,7 +319,9 @@ def _fold(photographs: Sequence[LabelledPhotograph], number: int, folds: int) ->
 
 
 def describe(files: Sequence[LabelledPhotograph]) -> str:
-    """Which photographs these are, in words: "test", or with their names "held-out training (35, 36)"."""
+    """Which photographs these are, in words: "test", or with their names "held-out training (35, 36)", or "none"."""
+    if not files:
+        return "none"
     names = root_names(files)
     parts = {name: _describe_one([item for item in files if item.root == root]) for root, name in names.items()}
     if len(set(parts.values())) == 1:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+DRIVE_FOV_DIAMETER = 540.0  # pixels across the field of view of DRIVE's photographs, from 536 to 541
+
 # Sizes of the pictures that are searched.
 SMALLEST_SIDE = 32  # pixels; smaller photographs are taken whole
 FINE_SIDE = 1000  # pixels of the longer side, for the fit: a rim is found to a thousandth of the photograph

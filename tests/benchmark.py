@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import predict
 import train
 from my_dataset import DRIVE_FOV_DIAMETER, DriveDataset
-from src import create_model
+from src import Segmenter, create_model
 from src.inference import for_inference
 from src.masks import read_binary_mask
 from src.roi_mask import roi_mask_path
@@ -246,8 +246,8 @@ class Project(Subject):
         checkpoint = {name: getattr(self.args, name) for name in ("mean", "std", "normalization")}
         checkpoint |= {"fov_diameter": DRIVE_FOV_DIAMETER, "model_args": self.model.model_args}
         predict.settle_by_checkpoint(args, checkpoint)
-        fast_model = for_inference(self.model)
-        return lambda: predict.predict(self.path, fast_model, checkpoint, args).labels == 1
+        segmenter = Segmenter(self.model, checkpoint)
+        return lambda: predict.predict(self.path, segmenter, args).labels == 1
 
 
 class Naive(Subject):

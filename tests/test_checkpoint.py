@@ -9,8 +9,8 @@ import torch
 
 from my_dataset import DRIVE_MEAN, DRIVE_STD
 from src import create_model
+from src.weights import CheckpointError
 from train_utils import load_checkpoint, load_model, save_checkpoint
-from train_utils.checkpoint import CheckpointError
 from train_utils.files import OutputError, make_output_folder, replace_whole
 
 CPU = torch.device("cpu")

@@ -481,6 +481,25 @@ def test_no_photograph_counts_twice(shared_drive, own, working_directory, capsys
     assert "99_eye.PNG: is the same photograph as" in fails(capsys, "--data-path", "parted", "--epochs", 1)
 
 
+def test_training_on_all(shared_drive, own, working_directory, capsys):
+    flags = "--data-path", shared_drive, "--train-on-all"
+    last = run(*flags, "--epochs", 2)
+    assert len(last["trained_on"]) == 6 + 4 and last["validated_on"] == [] and last["selected_on"] == "none"
+    best = load_checkpoint("out/best_model.pth")  # the last epoch's
+    assert all(torch.equal(value, best["model"][name]) for name, value in last["model"].items())
+    assert best["epoch"] == 1 and [sorted(row) for row in best["history"]] == 2 * [
+        ["epoch", "lr", "seconds", "train_loss"]
+    ]
+    assert not Path("out/scores.json").exists()
+    assert "trained on all photographs" in capsys.readouterr().out
+    assert run(*flags, "--epochs", 3, "--resume", "out/last_model.pth")["epoch"] == 2
+    assert "nothing can be scored" in fails(
+        capsys, "--data-path", shared_drive, "--test-only", "--resume", "out/best_model.pth"
+    )
+    assert "--val-split 2" in fails(capsys, *flags, "--val-split", 2)
+    assert "--fold 1/2" in fails(capsys, *flags, "--fold", "1/2")
+
+
 def test_ambiguous_second_observers_are_left_out(drive, working_directory, capsys):
     second = drive / "DRIVE" / "test" / "2nd_manual"
     shutil.copy(second / "01_manual2.gif", second / "01_manual2.png")

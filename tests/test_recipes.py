@@ -14,9 +14,9 @@ from my_dataset import DRIVE_MEAN, DRIVE_STD, DriveDataset
 from src import UNet
 from src.colours import prepare
 from src.segment import segment
+from src.weights import normalization_of
 from tests.conftest import SMALL_RUN
 from train_utils import load_checkpoint, load_model
-from train_utils.checkpoint import normalization_of
 from train_utils.command_line import run_script
 from train_utils.data_loading import reading, training_loader
 from train_utils.recipes import RECIPES

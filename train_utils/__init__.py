@@ -1,6 +1,8 @@
 """Training: flags, data loading, loss, epochs, scores and checkpoints; the names that the tutorial has are here."""
 
-from .checkpoint import load_checkpoint, load_model, save_checkpoint
+from src.weights import load_checkpoint, load_model
+
+from .checkpoint import save_checkpoint
 from .dice_coefficient_loss import build_target, dice_coeff, dice_loss, multiclass_dice_coeff
 from .distributed_utils import (
     get_rank,

@@ -51,6 +51,7 @@ def open_datasets(args: argparse.Namespace, device: torch.device) -> tuple[Drive
             get_transform(train, args.mean, args.std, args.base_size, args.crop_size, args.augmentation),
             val_split=args.val_split,
             fold=fold(args),
+            train_on_all=args.train_on_all,
             **reading(normalization, args.fov_diameter, args.num_classes),
         )
         data.require_classes(args.num_classes)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import UserError
+from src.weights import load_model
 
-from .checkpoint import load_model
 from .files import replace_whole
 
 NEEDED = ("onnx", "onnxscript")

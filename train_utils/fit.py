@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from src import BackboneUNet
+from src.weights import Checkpoint, load_checkpoint
 
-from .checkpoint import LAST_MODEL, Checkpoint, load_backbone_weights
+from .checkpoint import LAST_MODEL, load_backbone_weights
 from .command_line import UsageError
 from .distributed_utils import broadcast_buffers, is_main_process, on_main_process
 from .files import make_output_folder
@@ -30,7 +31,7 @@ def fit(
     val_loaders: Mapping[str, DataLoader],
     checkpoint: Checkpoint | None = None,
 ) -> float:
-    """Train for the remaining epochs by the settled flags in `state.args`; return the best Dice.
+    """Train for the remaining epochs by the settled flags in `state.args`; return the best Dice, -1 without any.
 
     The main process writes the results files into the working directory. It writes the newest state and that of the
     best epoch (without `args.save_best`: of every epoch) into `args.output_dir`.
@@ -39,7 +40,7 @@ def fit(
         model: `state.model`, or its wrapper for training in many processes.
         state: of a new run.
         train_loader: of this process.
-        val_loaders: of this process, one for each data set by its name.
+        val_loaders: of this process, one for each data set by its name; none: nothing is validated.
         checkpoint: to continue from.
 
     Raises:
@@ -63,7 +64,8 @@ def fit(
             row, confusion_matrix = _run_epoch(state, model, train_loader, val_loaders)
             improved = state.finish_epoch(row)
             if is_main_process():
-                print(f"{confusion_matrix}\ndice coefficient: {row['dice']:.3f}", flush=True)
+                if confusion_matrix is not None:
+                    print(f"{confusion_matrix}\ndice coefficient: {row['dice']:.3f}", flush=True)
                 if tensorboard is not None:
                     tensorboard.write(row)
             on_main_process(saver.save, state, improved)
@@ -82,8 +84,8 @@ def fit(
 
 def _run_epoch(
     state: TrainingState, model: nn.Module, train_loader: DataLoader, val_loaders: Mapping[str, DataLoader]
-) -> tuple[Row, ConfusionMatrix]:
-    """Train for one epoch and evaluate; `model` is `state.model` or its wrapper for training."""
+) -> tuple[Row, ConfusionMatrix | None]:
+    """Train for one epoch, and evaluate where photographs are held out; `model` is `state.model` or its wrapper."""
     args, num_classes = state.args, state.args.num_classes + 1
     started = time.time()
     train_loader.sampler.set_epoch(state.epoch)
@@ -106,8 +108,12 @@ def _run_epoch(
     if state.averaged is not None:
         broadcast_buffers(state.averaged.module)
     _require_finite_weights(state.model, state.epoch)
-    confusion_matrix, dice = _validate(state, val_loaders)
-    return _results_row(state.epoch, mean_loss, lr, dice, confusion_matrix, time.time() - started), confusion_matrix
+    row: Row = {"epoch": state.epoch, "train_loss": mean_loss, "lr": lr}
+    confusion_matrix = None
+    if val_loaders:
+        confusion_matrix, dice = _validate(state, val_loaders)
+        row |= _scores(dice, confusion_matrix)
+    return row | {"seconds": time.time() - started}, confusion_matrix
 
 
 def _validate(state: TrainingState, val_loaders: Mapping[str, DataLoader]) -> tuple[ConfusionMatrix, float]:
@@ -138,12 +144,14 @@ def _resume_or_pretrain(
         state.restore(checkpoint)
         if state.epoch >= args.epochs and is_main_process():
             print(f"nothing left to train: {state.epoch} epochs are done; raise --epochs {args.epochs} for more")
-        if state.best_dice is None:
+        if state.best_dice is None and val_loaders:
             # The tutorial's files store no Dice, and a Dice on other photographs cannot be compared. Without this
             # evaluation a worse epoch could replace a better one.
             state.best_dice = _validate(state, val_loaders)[1]
     elif state.epoch >= args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch}: leaves nothing of --epochs {args.epochs}; lower it")
+    elif args.init_weights:
+        state.start_from(load_checkpoint(args.init_weights))
     elif args.backbone_weights:
         _pretrain_backbone(state.model, args.arch, args.backbone_weights)
 
@@ -169,18 +177,12 @@ def _where_to_resume(state: TrainingState) -> str:
     return f"the last whole state is in {state.saved_in}: --resume {state.saved_in}"
 
 
-def _results_row(
-    epoch: int, mean_loss: float, lr: float, dice: float, confusion_matrix: ConfusionMatrix, seconds: float
-) -> Row:
+def _scores(dice: float, confusion_matrix: ConfusionMatrix) -> Row:
     accuracy, recall, iou = confusion_matrix.compute()
     return {
-        "epoch": epoch,
-        "train_loss": mean_loss,
-        "lr": lr,
         "dice": dice,
         "global_accuracy": accuracy.item(),
         "recall": recall.tolist(),
         "iou": iou.tolist(),
         "mean_iou": iou.mean().item(),
-        "seconds": seconds,
     }

@@ -8,6 +8,7 @@ import torch
 
 from my_dataset import DRIVE_MEAN, DRIVE_STD
 from src import ARCHITECTURES
+from src.weights import CheckpointError, load_checkpoint
 from transforms import AUGMENTATIONS
 
 from .command_line import Parser, add_switch, at_least, fold_of_folds, fraction, probability_or_auto
@@ -68,6 +69,13 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--print-freq", type=at_least(1), help="steps between progress lines")
     add("--resume", default="", help="continue from this checkpoint; auto: from the newest in --output-dir, if any")
+    add(
+        "--init-weights",
+        default="",
+        metavar="FILE",
+        help="start a new run from the weights of this file, for example to fine-tune pretrained/unet_fundus.pth; its "
+        "architecture, normalization and working diameter become the defaults",
+    )
     add("--start-epoch", "--start_epoch", default=0, type=at_least(0), help="first epoch of a run without --resume")
     add_switch(parser, "--save-best", default=True, help="keep only the best epoch, not every one")
     add_speed_flags(parser)
@@ -131,6 +139,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         type=fold_of_folds,
         metavar="K/N",
         help="cross-validation: hold out the K-th of N parts of the training photographs, and score these",
+    )
+    add(
+        "--train-on-all",
+        action="store_true",
+        help="train on every labelled photograph, those of a test part too, for as many epochs as given: nothing is "
+        "validated or scored, and the last epoch is kept. For weights to use, after all was chosen by --fold",
     )
     add(
         "--threshold",
@@ -214,12 +228,27 @@ def default_flags() -> dict[str, Any]:
 def parse_with_recipe(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, demo: Mapping[str, Any] | None = None
 ) -> argparse.Namespace:
-    """Read the flags. --arch, then --demo (to `demo`), then --recipe change the defaults of other flags."""
+    """Read the flags. --arch, then --demo (to `demo`), --recipe and --init-weights change the defaults of others."""
     asked = parser.parse_args(argv)
-    defaults = {name: value for name, value in ARCHITECTURES[asked.arch][1].items() if name == "base_c"}
+    of_weights = _defaults_of_weights(asked.init_weights, parser) if asked.init_weights else {}
+    defaults = {
+        name: value for name, value in ARCHITECTURES[of_weights.get("arch", asked.arch)][1].items() if name == "base_c"
+    }
     if demo and asked.demo:
         defaults |= demo
     if asked.recipe != "tutorial":
         defaults |= RECIPES[asked.recipe]
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**defaults | of_weights)
     return parser.parse_args(argv)
+
+
+def _defaults_of_weights(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The flags that a model is to be fine-tuned with: those of its own training that the weights depend on."""
+    try:
+        checkpoint = load_checkpoint(path)
+    except CheckpointError as error:
+        parser.error(f"argument --init-weights: {error}")
+    model_args = checkpoint["model_args"]
+    defaults = {name: checkpoint[name] for name in ("mean", "std", "normalization", "fov_diameter")}
+    defaults |= {"arch": model_args.get("arch", "unet"), "num_classes": model_args["num_classes"] - 1}
+    return defaults | ({"base_c": model_args["base_c"]} if "base_c" in model_args else {})

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torchvision.utils import draw_segmentation_masks
 
+from src import Segmentation
 from src.photograph import IMAGE_SUFFIXES
 
 from .command_line import UsageError
@@ -24,16 +24,10 @@ OVERLAY_COLOUR = (0, 255, 255)  # cyan, which does not occur in a retina
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A photograph of H x W pixels and its segmentation."""
+class Prediction(Segmentation):
+    """The segmentation of a photograph's file."""
 
     path: Path
-    photograph: np.ndarray  # uint8 [H, W, 3]
-    field_of_view: np.ndarray  # bool [H, W]
-    diameter: float  # of the field of view, pixels
-    scale: float
-    probabilities: Tensor  # [C - 1, H, W], of all classes except the background
-    labels: np.ndarray  # uint8 [H, W]; 0 is the background and everything outside the field of view
     inference_seconds: float
 
     @property

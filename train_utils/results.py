@@ -9,18 +9,18 @@ from typing import Any
 from .files import create_new, replace_whole, write_csv
 from .scoring.counts import format_scores
 
-Row = dict[str, Any]  # epoch, train_loss, lr, dice, global_accuracy, recall [class], iou [class], mean_iou, seconds
+# epoch, train_loss, lr, seconds; where photographs are validated: dice, global_accuracy, recall [class], iou [class],
+# mean_iou
+Row = dict[str, Any]
 
 
 def format_row(row: Row) -> str:
     """One epoch in the form of the tutorial's results file."""
-    return (
-        f"[epoch: {row['epoch']}]\n"
-        f"train_loss: {row['train_loss']:.4f}\n"
-        f"lr: {row['lr']:.6f}\n"
-        f"dice coefficient: {row['dice']:.3f}\n"
-        f"{format_scores(row['global_accuracy'], row['recall'], row['iou'])}\n\n"
-    )
+    text = f"[epoch: {row['epoch']}]\ntrain_loss: {row['train_loss']:.4f}\nlr: {row['lr']:.6f}\n"
+    if "dice" in row:
+        text += f"dice coefficient: {row['dice']:.3f}\n"
+        text += f"{format_scores(row['global_accuracy'], row['recall'], row['iou'])}\n"
+    return text + "\n"
 
 
 def flatten_row(row: Row) -> Row:

@@ -4,7 +4,9 @@ import argparse
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from .checkpoint import BEST_MODEL, LAST_MODEL, Checkpoint, save_checkpoint
+from src.weights import Checkpoint
+
+from .checkpoint import BEST_MODEL, LAST_MODEL, save_checkpoint
 from .results import ResultsFiles
 from .training_state import TrainingState
 

@@ -8,8 +8,8 @@ from my_dataset import working_diameter
 from src import ARCHITECTURES
 from src.dataset_files import Split, find_parts
 from src.photograph import image_size
+from src.weights import Checkpoint
 
-from .checkpoint import Checkpoint
 from .command_line import UsageError
 from .distributed_utils import is_main_process
 from .flags import AMP_DTYPES, SHARE_FOR_PHOTOGRAPHS
@@ -29,6 +29,9 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
     """
     if args.masks:
         raise UsageError(f"--masks {args.masks}: does nothing without --test-only; add --test-only")
+    if args.init_weights and (args.resume or args.backbone_weights):
+        other = "--resume" if args.resume else "--backbone-weights"
+        raise UsageError(f"--init-weights {args.init_weights}: starts a new run from these weights; leave out {other}")
     settle_amp(args, device)
     if args.channels_last is None:
         args.channels_last = _channels_last_is_faster(args, device)
@@ -41,7 +44,7 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
         if args.fov_diameter is None and "selected_on" in checkpoint:  # the tutorial's files do not hold it
             args.fov_diameter = checkpoint["fov_diameter"]
     if args.fov_diameter is None:
-        args.fov_diameter = working_diameter(Split(args.val_split, fold(args)).divide(roots(args))[0])
+        args.fov_diameter = working_diameter(split(args).divide(roots(args))[0])
     if args.device_data is None:
         args.device_data = device.type == "cuda" and _photographs_fit(args, device)
     if args.device_data:
@@ -81,7 +84,10 @@ def _channels_last_is_faster(args: argparse.Namespace, device: torch.device) -> 
 def _settle_split(args: argparse.Namespace) -> None:
     if args.fold and args.val_split:
         raise UsageError(f"--fold {args.fold}: holds photographs out, as --val-split {args.val_split} does; give one")
-    if args.fold:
+    if args.train_on_all and (args.fold or args.val_split):
+        other = f"--fold {args.fold}" if args.fold else f"--val-split {args.val_split}"
+        raise UsageError(f"--train-on-all: holds no photographs out, as {other} does; give one")
+    if args.fold or args.train_on_all:
         args.val_split = 0
         return
     held_out = {root: Split(args.val_split).held_out(root) for root in roots(args)}
@@ -104,7 +110,7 @@ def _settle_split(args: argparse.Namespace) -> None:
 
 def _photographs_fit(args: argparse.Namespace, device: torch.device) -> bool:
     """Whether the photographs take at most a share of the GPU's free memory: three colours and a label each."""
-    training, validated = Split(args.val_split, fold(args)).divide(roots(args))
+    training, validated = split(args).divide(roots(args))
     size = 0.0
     for item in (*training, *validated):
         width, height = image_size(item.photograph)
@@ -136,6 +142,11 @@ def fold(args: argparse.Namespace) -> tuple[int, int] | None:
         return None
     number, folds = map(int, args.fold.split("/"))
     return number, folds
+
+
+def split(args: argparse.Namespace) -> Split:
+    """Which photographs the settled flags train on, and which they hold out."""
+    return Split(args.val_split, fold(args), args.train_on_all)
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, str | int]:

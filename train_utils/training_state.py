@@ -11,8 +11,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from src.dataset_files import LabelledPhotograph, describe
+from src.weights import Checkpoint, CheckpointError, load_checkpoint, load_weights
 
-from .checkpoint import LAST_MODEL, Checkpoint, CheckpointError, load_checkpoint, load_weights
+from .checkpoint import LAST_MODEL
 from .distributed_utils import is_main_process, on_main_process
 from .flags import default_flags
 from .results import ResultsFiles, Row
@@ -25,7 +26,7 @@ UNREPORTED = frozenset(
     (
         # where things are, and what is printed or written
         *("data_path", "masks", "output_dir", "device", "gpu", "rank", "dist_url", "dist_backend", "distributed"),
-        *("print_freq", "tensorboard", "save_best", "test_only", "demo", "resume", "start_epoch"),
+        *("print_freq", "tensorboard", "save_best", "test_only", "demo", "resume", "init_weights", "start_epoch"),
         # speed
         *("workers", "channels_last", "compile"),
         # scoring after training
@@ -91,9 +92,11 @@ class TrainingState:
         return self.model if self.averaged is None else self.averaged.module
 
     def finish_epoch(self, row: Row) -> bool:
-        """Count the epoch of this row as done; return whether its Dice is the best so far."""
-        improved = row["dice"] > self.best_dice
-        self.best_dice = max(row["dice"], self.best_dice)
+        """Count the epoch of this row as done; return whether it is the best so far: without a Dice, the newest is."""
+        improved = True
+        if "dice" in row:
+            improved = row["dice"] > self.best_dice
+            self.best_dice = max(row["dice"], self.best_dice)
         self.results.rows.append(row)
         self.epoch += 1
         return improved
@@ -126,6 +129,18 @@ class TrainingState:
             state["scaler"] = self.scaler.state_dict()
         return _copy_on_host(state)
 
+    def start_from(self, checkpoint: Checkpoint) -> None:
+        """Begin a new run with the weights of a checkpoint, which count as trained on its photographs.
+
+        Raises:
+            CheckpointError: they are of another model, or were trained on photographs to validate on.
+        """
+        load_weights(self.model, checkpoint)
+        if self.averaged is not None:
+            load_weights(self.averaged.module, checkpoint)
+            self.averaged.n_averaged.fill_(1)  # at 0 the first step would replace the average
+        self._count_as_trained_on(checkpoint)
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue after the last epoch of a checkpoint; the flags take precedence over its settings."""
         args = self.args
@@ -149,14 +164,17 @@ class TrainingState:
         self._start_schedule()
         self._report_changes(checkpoint["args"])
 
-    def _take_over_photographs(self, checkpoint: Checkpoint) -> None:
+    def _count_as_trained_on(self, checkpoint: Checkpoint) -> None:
         before = checkpoint.get("trained_on", [])
         if mixed := set(before) & set(self.validated_on):
             raise CheckpointError(
                 f"{checkpoint['path']}: was trained on {len(mixed)} of the {len(self.validated_on)} photographs to "
-                "validate on; give the --data-path, --fold and --val-split of that run, or start a new one"
+                "validate on; give the --data-path, --fold and --val-split of that run, or start a new one without it"
             )
         self.trained_on += [digest for digest in before if digest not in self.trained_on]
+
+    def _take_over_photographs(self, checkpoint: Checkpoint) -> None:
+        self._count_as_trained_on(checkpoint)
         # A Dice on other photographs cannot be compared with those of the next epochs.
         same = (
             checkpoint["validated_on"] == self.validated_on

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint
+from src.weights import Checkpoint
+
 from ..files import replace_whole, write_csv
 from .contact_sheet import contact_sheet
 from .counts import PixelCounts, ProbabilityHistogram

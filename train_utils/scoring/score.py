@@ -19,17 +19,10 @@ from src.dataset_files import (
     training_photographs,
 )
 from src.errors import DatasetError
+from src.weights import Checkpoint, build_model, load_checkpoint, normalization_of
 from transforms import get_transform
 
-from ..checkpoint import (
-    BEST_MODEL,
-    LAST_MODEL,
-    Checkpoint,
-    add_to_checkpoint,
-    build_model,
-    load_checkpoint,
-    normalization_of,
-)
+from ..checkpoint import BEST_MODEL, LAST_MODEL, add_to_checkpoint
 from ..command_line import UsageError
 from ..data_loading import reading
 from ..distributed_utils import is_main_process, on_main_process
@@ -108,21 +101,27 @@ def check_what_is_scored(trained_on: Sequence[LabelledPhotograph], args: argpars
     Raises:
         DatasetError: a file cannot be used.
     """
+    if args.train_on_all:
+        return
     files = _files_to_score(args, {"trained_on": [item.digest for item in trained_on]})
     photographs = DriveDataset.of(files, num_classes=args.num_classes)
     photographs.require_classes(args.num_classes)
     _report_faults(photographs)
 
 
-def conclude_training(device: torch.device, args: argparse.Namespace) -> None:
-    """After training: draw its curves, and score the best weights.
+def conclude_training(device: torch.device, args: argparse.Namespace, best_dice: float) -> None:
+    """After training: draw its curves, score the best weights, say where they are.
 
     Raises:
         As `score_weights`.
     """
-    best = on_main_process(_draw_curves_and_find_best, args)
-    if best is not None:
-        score_weights(best, device, args)
+    if not args.train_on_all:
+        best = on_main_process(_draw_curves_and_find_best, args)
+        if best is not None:
+            score_weights(best, device, args)
+    if is_main_process():
+        outcome = "trained on all photographs" if args.train_on_all else f"best Dice {best_dice:.3f}"
+        print(f"{outcome}; the weights are in {args.output_dir}")
 
 
 def _report(measurement: Measurement, origin: Origin, args: argparse.Namespace) -> None:

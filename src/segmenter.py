@@ -1,0 +1,134 @@
+"""A photograph -> its vessels, by a model and what its file of weights tells of the preparation."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .colours import prepare
+from .field_of_view import field_of_view_diameter, find_field_of_view
+from .inference import for_inference
+from .photograph import read_photograph, to_rgb
+from .segment import match_scale, segment, widening
+from .weights import Checkpoint, load_model, normalization_of
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained" / "unet_fundus.pth"
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A photograph of H x W pixels and its vessels."""
+
+    photograph: np.ndarray  # uint8 [H, W, 3]
+    field_of_view: np.ndarray  # bool [H, W]
+    diameter: float  # of the field of view, pixels
+    scale: float  # that the photograph was resized by for the model
+    probabilities: Tensor  # float64 [C - 1, H, W], of all classes except the background
+    labels: np.ndarray  # uint8 [H, W]; 0 is the background and everything outside the field of view
+
+    @property
+    def vessels(self) -> np.ndarray:
+        """Where a vessel is, bool [H, W]; outside the field of view nowhere."""
+        return self.labels > 0
+
+    @property
+    def probability(self) -> np.ndarray:
+        """The probability of a vessel of any class, float32 [H, W]; outside the field of view 0."""
+        return (self.probabilities.sum(dim=0).numpy() * self.field_of_view).astype(np.float32)
+
+
+class Segmenter:
+    """A model, ready to be called with photographs: `Segmenter(model, checkpoint)("photograph.jpg").vessels`.
+
+    Args:
+        model: in eval mode, on the device that is to be used.
+        checkpoint: that `src.weights.load_model` gives with the model.
+        amp_dtype: the lower precision of automatic mixed precision; None: float32 throughout.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, amp_dtype: torch.dtype | None = None) -> None:
+        self.model = for_inference(model, amp=amp_dtype is not None)
+        self.checkpoint = checkpoint
+        self.amp_dtype = amp_dtype
+
+    def __call__(
+        self,
+        photograph: str | Path | Image.Image | np.ndarray,
+        field_of_view: np.ndarray | None = None,
+        retina: np.ndarray | None = None,
+        *,
+        threshold: float = 0.5,
+        scale: float | None = None,
+        flips: bool | None = None,
+        tile: int | None = None,
+        batch_size: int = 1,
+    ) -> Segmentation:
+        """Segment a photograph at the model's working scale; what comes back has the photograph's own size.
+
+        Args:
+            photograph: a file, a PIL image, or uint8 [H, W, 3].
+            field_of_view: where vessels count, bool [H, W]; None: where the retina is.
+            retina: what scale and colours follow from, bool [H, W]; None: the field of view if that is given, else what
+                is found in the photograph.
+            threshold: probability above which a pixel is a vessel, at the training photographs' scale.
+            scale: factor to resize the photograph by; None: to the model's working diameter.
+            flips: average over the four flips; None: as the weights say.
+            tile, batch_size: as `src.segment.segment`.
+
+        Raises:
+            DatasetError: the file cannot be read.
+        """
+        image = _as_array(photograph)
+        if retina is None:
+            retina = find_field_of_view(image) if field_of_view is None else field_of_view
+        if field_of_view is None:
+            field_of_view = retina
+        diameter = field_of_view_diameter(retina)
+        if scale is None:
+            scale = match_scale(diameter, self.checkpoint["fov_diameter"])
+        probabilities = segment(
+            self.model,
+            prepare(image, retina, normalization_of(self.checkpoint)),
+            self.checkpoint["mean"],
+            self.checkpoint["std"],
+            scale=scale,
+            tile=tile,
+            flips=self.checkpoint.get("tta", False) if flips is None else flips,
+            batch_size=batch_size,
+            amp_dtype=self.amp_dtype,
+        )
+        shift = widening(scale, self.checkpoint.get("trained_scale"))
+        labels = np.where(field_of_view, classify(probabilities, threshold, shift), 0).astype(np.uint8)
+        return Segmentation(image, field_of_view, diameter, scale, probabilities, labels)
+
+
+def load_pretrained(weights: str | Path = PRETRAINED, device: str | torch.device = "cpu") -> Segmenter:
+    """The weights that come with the project, or those of any file, ready to be called with photographs.
+
+    Raises:
+        CheckpointError: the file cannot be used.
+    """
+    return Segmenter(*load_model(weights, torch.device(device)))
+
+
+def classify(probabilities: Tensor, threshold: float, shift: float = 0.0) -> np.ndarray:
+    """The class of each pixel, [H, W]: by the threshold for two classes, else the most probable one.
+
+    `shift` is added to the log-odds of the threshold.
+    """
+    if len(probabilities) == 1:
+        if shift:
+            threshold = 1 / (1 + (1 - threshold) / threshold * math.exp(-shift))
+        return (probabilities[0] > threshold).numpy()
+    background = 1 - probabilities.sum(dim=0, keepdim=True)
+    return torch.cat([background, probabilities]).argmax(dim=0).numpy()
+
+
+def _as_array(photograph: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    if isinstance(photograph, str | Path):
+        return read_photograph(Path(photograph))
+    return np.array(to_rgb(photograph)) if isinstance(photograph, Image.Image) else photograph

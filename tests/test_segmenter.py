@@ -1,0 +1,212 @@
+"""A photograph in, its vessels out: from Python, through torch.hub, and with the weights that come with the project."""
+
+import hashlib
+import re
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict
+import train
+from my_dataset import DriveDataset
+from src import Segmenter, load_pretrained
+from src.segmenter import PRETRAINED
+from src.weights import CheckpointError, load_checkpoint
+from tests.conftest import SMALL_RUN
+from tests.test_predict import make_model, save
+from train_utils import publish
+from train_utils.synthetic_drive import synthetic_photograph
+
+PROJECT = Path(__file__).parents[1]
+CARD = PRETRAINED.parent / "README.md"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("weights") / "weights.pth", make_model(), tta=True)
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    path = tmp_path / "photograph.png"
+    Image.fromarray(synthetic_photograph(90, 80, np.random.default_rng(3))[0]).save(path)
+    return path
+
+
+def test_a_segmenter_gives_what_predict_writes(tmp_path, weights, photograph):
+    segmentation = load_pretrained(weights)(photograph)
+    flags = "--weights", str(weights), "--image", str(photograph), "--output", str(tmp_path / "out"), "--save-prob"
+    predict.main(predict.parse_args([*flags, "--device", "cpu"]))
+    mask, probability = (
+        np.array(Image.open(tmp_path / "out" / f"photograph_{kind}.png")) for kind in ("vessels", "probability")
+    )
+    assert 0 < segmentation.vessels.mean() < 0.9
+    np.testing.assert_array_equal(segmentation.vessels, mask == 255)
+    np.testing.assert_allclose(segmentation.probability, probability / 65535, atol=1e-5)
+
+
+def test_files_images_and_arrays_are_the_same(weights, photograph):
+    segmenter = load_pretrained(weights)
+    of_file = segmenter(str(photograph))
+    with Image.open(photograph) as image:
+        for same in (image, np.array(image), photograph):
+            assert torch.equal(segmenter(same).probabilities, of_file.probabilities)
+
+
+def test_the_field_of_view_can_be_given(weights, photograph):
+    segmenter = load_pretrained(weights)
+    left = np.zeros((80, 90), bool)
+    left[:, :45] = True
+    found = segmenter(photograph)
+    half = segmenter(photograph, left & found.field_of_view, retina=found.field_of_view)
+    assert not half.vessels[:, 45:].any()
+    np.testing.assert_array_equal(half.vessels[:, :45], found.vessels[:, :45])
+    assert torch.equal(half.probabilities, found.probabilities)
+
+
+def test_flips_are_those_of_the_weights(weights, photograph):
+    segmenter = load_pretrained(weights)
+    assert torch.equal(segmenter(photograph).probabilities, segmenter(photograph, flips=True).probabilities)
+    assert not torch.equal(segmenter(photograph).probabilities, segmenter(photograph, flips=False).probabilities)
+
+
+def test_missing_weights_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere.pth"):
+        load_pretrained(tmp_path / "nowhere.pth")
+
+
+# ---- which weights predict.py takes
+
+
+def test_own_weights_come_first_then_those_of_the_project(working_directory, weights, photograph, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "PRETRAINED", weights)
+
+    def used(*flags):
+        predict.main(predict.parse_args(["--device", "cpu", "--image", str(photograph), *map(str, flags)]))
+        return re.search(r"^weights: (.*)$", capsys.readouterr().out, re.MULTILINE)[1]
+
+    assert used() == str(weights)
+    own = Path("save_weights", "best_model.pth")
+    own.parent.mkdir()
+    own.write_bytes(weights.read_bytes())
+    assert used() == str(own)
+    assert used("--weights", weights) == str(weights)
+
+
+def test_without_any_weights_those_of_a_training_are_missed(working_directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "PRETRAINED", tmp_path / "gone.pth")
+    assert predict.choose_weights(None) == Path("save_weights", "best_model.pth")
+
+
+# ---- torch.hub
+
+
+def test_hub_leaves_the_callers_packages_alone(monkeypatch, photograph):
+    pretrained_is_needed()
+    own = types.ModuleType("src")
+    monkeypatch.setitem(sys.modules, "src", own)
+    before = {name for name in sys.modules if name.split(".")[0] == "src"}
+    segmenter = torch.hub.load(str(PROJECT), "unet_fundus", source="local", trust_repo=True)
+    assert sys.modules["src"] is own and {name for name in sys.modules if name.split(".")[0] == "src"} == before
+    assert segmenter(photograph).vessels.shape == (80, 90)
+
+
+def test_hub_refuses_an_untrained_model():
+    with pytest.raises(ValueError, match="create_model"):
+        torch.hub.load(str(PROJECT), "unet_fundus", source="local", trust_repo=True, pretrained=False)
+
+
+# ---- the weights that come with the project
+
+
+def pretrained_is_needed():
+    assert PRETRAINED.is_file(), f"{PRETRAINED} is missing from this checkout"
+
+
+def test_the_files_are_those_of_the_model_card():
+    card = CARD.read_text()
+    for file in ("unet_fundus.pth", "example.jpg"):
+        content = (PRETRAINED.parent / file).read_bytes()
+        assert hashlib.sha256(content).hexdigest() in card
+    assert PRETRAINED.stat().st_size <= 5_000_000
+    assert (PRETRAINED.parent / "example.jpg").stat().st_size <= 350_000
+
+
+def test_the_weights_hold_plain_values_and_no_run():
+    checkpoint = load_checkpoint(PRETRAINED)
+    assert "DRIVE" in checkpoint["provenance"] and "HRF" in checkpoint["provenance"] and checkpoint["licence"]
+    assert not {"optimizer", "training_model", "history"} & checkpoint.keys()
+    assert sum(value.numel() for value in checkpoint["model"].values()) < 1_300_000
+
+
+def dice(segmenter, photograph, truth, inside):
+    vessels = segmenter(photograph, inside).vessels
+    return 2 * (vessels & truth & inside).sum() / ((vessels & inside).sum() + (truth & inside).sum())
+
+
+def test_the_weights_find_the_vessels_of_synthetic_photographs(synthetic):
+    segmenter = load_pretrained()
+    assert np.mean([dice(segmenter, *example) for example in synthetic[:2]]) > 0.6  # never trained on such
+
+
+def test_the_weights_on_real_photographs(real_drive):
+    data = DriveDataset(real_drive, train=False)
+    segmenter = load_pretrained()
+    scores = []
+    for index, item in enumerate(data.files[:2]):
+        label = data.labels[index]
+        scores.append(dice(segmenter, item.photograph, label == 1, label != 255))
+    assert np.mean(scores) > 0.75  # trained on these: a check of the file, no score of the model
+
+
+def test_the_example_is_segmented(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = "--image", str(PRETRAINED.parent / "example.jpg"), "--output", "out", "--overlay", "--device", "cpu"
+    predict.main(predict.parse_args(["--weights", str(PRETRAINED), *flags]))
+    mask = np.array(Image.open("out/example_vessels.png"))
+    with Image.open(PRETRAINED.parent / "example.jpg") as photograph:
+        assert mask.shape == photograph.size[::-1] == Image.open("out/example_overlay.png").size[::-1]
+    assert 0.05 < (mask == 255).mean() < 0.2
+
+
+# ---- to go on from weights
+
+
+def test_fine_tuning_starts_from_the_weights(shared_drive, working_directory, capsys):
+    def run(*flags):
+        train.main(train.parse_args([*flags, "--data-path", str(shared_drive), "--output-dir", "out"]))
+        return load_checkpoint("out/last_model.pth")
+
+    first = run(*SMALL_RUN, "--epochs", "1", "--fov-diameter", "60", "--normalization", "local", "--fold", "1/2")
+    kept = {name: value.clone() for name, value in first["model"].items()}
+    Path("out/last_model.pth").rename("first.pth")
+    small = [flag for flag in SMALL_RUN if flag not in ("--base-c", "4")]
+    tuned = run(*small, "--epochs", "1", "--lr", "0", "--init-weights", "first.pth", "--fold", "1/2")
+    assert tuned["args"]["base_c"] == 4 and tuned["fov_diameter"] == 60 and tuned["normalization"] == "local"
+    assert tuned["epoch"] == 0 and tuned["trained_on"] == first["trained_on"]
+    parameters = [name for name in kept if "running" not in name and "num_batches" not in name]
+    assert all(torch.equal(tuned["model"][name], kept[name]) for name in parameters)
+    with pytest.raises(CheckpointError, match="was trained on"):
+        run(*small, "--epochs", "1", "--init-weights", "first.pth", "--fold", "2/2")
+
+
+def test_weights_to_start_from_are_checked_with_the_flags(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.parse_args(["--init-weights", str(tmp_path / "none.pth")])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--init-weights" in message and "none.pth" in message
+
+
+def test_publishing_keeps_the_model_and_drops_the_run(tmp_path, weights):
+    target = tmp_path / "small.pth"
+    publish.main(publish.parse_args([str(weights), str(target), "--licence", "free", "--provenance", "a test"]))
+    small, whole = load_checkpoint(target), load_checkpoint(weights)
+    assert small["licence"] == "free" and small["provenance"] == "a test" and small["tta"] is True
+    assert all(torch.equal(small["model"][name], value) for name, value in whole["model"].items())
+    assert isinstance(load_pretrained(target), Segmenter)

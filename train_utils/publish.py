@@ -1,0 +1,42 @@
+"""A run's file of weights -> a small one to give away: the weights and the preparation, without the run.
+
+python -m train_utils.publish save_weights/last_model.pth unet.pth --licence "..." --provenance "..."
+"""
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from src.weights import load_checkpoint
+
+from .checkpoint import save_checkpoint
+from .command_line import Parser, UsageError, run_script
+
+KEPT = (
+    *("model", "model_args", "mean", "std", "normalization", "fov_diameter", "trained_scale", "tta", "threshold"),
+    *("trained_on", "validated_on", "selected_on"),
+)
+
+
+def main(args: argparse.Namespace) -> None:
+    if Path(args.output).resolve() == Path(args.weights).resolve():
+        raise UsageError(f"{args.output}: would overwrite the run's weights; choose another name")
+    checkpoint = load_checkpoint(args.weights)
+    kept = {name: checkpoint[name] for name in KEPT if name in checkpoint}
+    save_checkpoint(kept | {"licence": args.licence, "provenance": args.provenance}, args.output)
+    content = Path(args.output).read_bytes()
+    print(f"{args.output}: {len(content):,} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description="Write a file of weights without the state of its training.")
+    parser.add_argument("weights", help="weights that train.py wrote")
+    parser.add_argument("output", help="the file to write")
+    parser.add_argument("--licence", required=True, help="the terms of the weights, in words")
+    parser.add_argument("--provenance", required=True, help="what they were trained on, and by which command")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())
