@@ -55,7 +55,7 @@ def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[Mapping[s
     writer.writeheader()
     writer.writerows(rows)
     with replace_whole(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="surrogateescape"))  # a file name need not be UTF-8
 
 
 def create_new(path: str | Path) -> bool:
