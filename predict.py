@@ -26,6 +26,7 @@ from train_utils.export import export_onnx
 from train_utils.files import make_output_folder, write_csv
 from train_utils.flags import add_amp_flags
 from train_utils.prediction_files import COLUMNS, Prediction, plan_outputs, progress_line, table_row, write_pictures
+from train_utils.prediction_report import REPORT, THUMBNAILS, write_report
 from train_utils.settings import amp_dtype, settle_amp
 
 TRAINED = Path("save_weights", "best_model.pth")
@@ -47,9 +48,11 @@ def main(args: argparse.Namespace) -> None:
     model, checkpoint = load_model(args.weights, device)
     settle_by_checkpoint(args, checkpoint)
     segmenter = Segmenter(model, checkpoint, amp_dtype(args))
-    make_output_folder(masks[0].parent, "--output")
+    folder = make_output_folder(masks[0].parent, "--output")
+    if args.report:
+        make_output_folder(folder / THUMBNAILS, "--report")
 
-    rows, failures = [], []
+    rows, failures = [], {}
     try:
         for number, (path, mask) in enumerate(zip(photographs, masks, strict=True), start=1):
             started = time.perf_counter()
@@ -59,16 +62,20 @@ def main(args: argparse.Namespace) -> None:
                 rows.append(table_row(prediction, time.perf_counter() - started))
                 outcome = f"{progress_line(prediction)} -> {mask}"
             except DatasetError as error:
+                failures[path] = str(error)
                 if len(photographs) == 1:
                     raise
-                failures.append(str(error))
                 outcome = f"failed: {error}"
             print(f"[{number}/{len(photographs)}] {outcome}", flush=True)
     finally:
         if table:
             write_csv(table, COLUMNS, rows)
+        if args.report:
+            write_report(folder / REPORT, COLUMNS, rows, failures, dict(zip(photographs, masks, strict=True)))
     if failures:
-        raise PhotographError("\n  ".join([f"{len(failures)} of {len(photographs)} photographs failed:", *failures]))
+        raise PhotographError(
+            "\n  ".join([f"{len(failures)} of {len(photographs)} photographs failed:", *failures.values()])
+        )
 
 
 def predict(path: Path, segmenter: Segmenter, args: argparse.Namespace) -> Prediction:
@@ -174,6 +181,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add_switch(parser, "--save-prob", default=False, help="also write the vessel probability as a 16-bit PNG")
     add_switch(parser, "--overlay", default=False, help="also write the photograph with the vessels drawn in")
+    add_switch(parser, "--report", default=False, help="also write predictions.html, a page to look through them all")
     add(
         "--tile",
         type=at_least(64),

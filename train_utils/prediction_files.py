@@ -17,6 +17,7 @@ from src.photograph import IMAGE_SUFFIXES
 
 from .command_line import UsageError
 from .files import replace_whole
+from .prediction_report import REPORT, THUMBNAILS, thumbnail_paths, write_thumbnails
 
 TABLE = "predictions.csv"
 COLUMNS = ("file", "width", "height", "field_of_view_diameter", "scale", "vessel_share", "seconds")
@@ -43,24 +44,29 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
         UsageError: --output does not fit the photographs, or an input would be overwritten.
     """
     single = len(photographs) == 1
-    output = Path(args.output or ("test_result.png" if single else "predictions"))
+    output = Path(args.output or ("test_result.png" if single and not args.report else "predictions"))
     looks_like_a_file = output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir()
     if looks_like_a_file and not single:
         raise UsageError(f"--output {output}: is one file, but there are {len(photographs)} photographs; name a folder")
     if looks_like_a_file and output.suffix.lower() != ".png":
         raise UsageError(f"--output {output}: masks are written as PNG; name it {output.with_suffix('.png')}")
+    if looks_like_a_file and args.report:
+        raise UsageError(f"--report: needs a folder, but --output {output} is one file; name a folder")
     masks = [output] if looks_like_a_file else [output / f"{name}_vessels.png" for name in output_names(photographs)]
 
     roi_masks = Path(args.roi_mask or "auto")
     inputs = (*photographs, Path(args.weights), *(roi_masks.iterdir() if roi_masks.is_dir() else [roi_masks]))
     inputs = {path.resolve() for path in inputs}
     written = [path for mask in masks for path in (mask, beside(mask, "probability"), beside(mask, "overlay"))]
+    if args.report:
+        written += [output / REPORT, *(path for mask in masks for path in thumbnail_paths(mask))]
     overwritten = next((path for path in written if path.resolve() in inputs), None)
     if overwritten:
         raise UsageError(f"--output {output}: would overwrite the input {overwritten}; choose another place")
     if looks_like_a_file:
         return None, masks
-    if any(path.parent.resolve() == output.resolve() for path in photographs):
+    folders = {output.resolve(), *([(output / THUMBNAILS).resolve()] if args.report else [])}
+    if any(path.parent.resolve() in folders for path in photographs):
         raise UsageError(
             f"--output {output}: holds the photographs themselves, and the next run would take the masks for "
             "photographs; choose another folder"
@@ -100,14 +106,17 @@ def beside(mask: Path, kind: str) -> Path:
 
 
 def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace) -> None:
-    """Write the mask, and with --save-prob and --overlay the other pictures beside it."""
+    """Write the mask, and with --save-prob, --overlay and --report the other pictures beside it."""
     two_classes = len(prediction.probabilities) == 1
     pictures = {mask: prediction.labels * np.uint8(255) if two_classes else prediction.labels}
     if args.save_prob:
         vessels = prediction.probabilities.sum(dim=0).numpy() * prediction.field_of_view
         pictures[beside(mask, "probability")] = np.rint(vessels.clip(0, 1) * 65535).astype(np.uint16)
+    overlay = draw_overlay(prediction) if args.overlay or args.report else None
     if args.overlay:
-        pictures[beside(mask, "overlay")] = draw_overlay(prediction)
+        pictures[beside(mask, "overlay")] = overlay
+    if args.report:
+        write_thumbnails(mask, prediction.photograph, overlay)
     for path, picture in pictures.items():
         with replace_whole(path) as file:
             Image.fromarray(picture).save(file, format="PNG")
