@@ -10,22 +10,18 @@ from PIL import Image
 import predict
 import train
 import train_multi_GPU
-from src import create_model
-from train_utils import save_checkpoint
 from train_utils.synthetic_drive import synthetic_photograph
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_notebook_lines(working_directory):
-    Path("save_weights").mkdir()
-    save_checkpoint({"model": create_model(base_c=4).state_dict()}, "save_weights/best_model.pth")
     photograph, _, inside = synthetic_photograph(90, 80, np.random.default_rng(0))
     Image.fromarray(photograph).save("photograph.jpg", quality=95)
     (lines,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(lines, names)
-    vessels, field_of_view = names["vessels"], names["field_of_view"]
+    vessels, field_of_view = names["vessels"], names["segmentation"].field_of_view
     assert vessels.shape == (80, 90) and vessels.dtype == bool
     assert (field_of_view & inside).sum() / (field_of_view | inside).sum() > 0.9
     assert not vessels[~field_of_view].any()
