@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 import predict
 from my_dataset import DRIVE_MEAN, DRIVE_STD, DriveDataset
-from src import create_model
+from src import create_model, segmenter
 from src.field_of_view import find_field_of_view
 from src.inference import for_inference
 from src.photograph import read_photograph
@@ -340,7 +340,7 @@ def test_scale(tmp_path, weights, photographs, monkeypatch):
         scales.append(scale)
         return segment(*args, scale=scale, **options)
 
-    monkeypatch.setattr(predict, "segment", remember)
+    monkeypatch.setattr(segmenter, "segment", remember)
     large = tmp_path / "large.png"
     photograph, _, _ = synthetic_photograph(320, 288, np.random.default_rng(0))
     Image.fromarray(photograph).save(large)
@@ -611,7 +611,7 @@ def test_too_large_for_a_gpu(tmp_path, weights, photographs, monkeypatch, capsys
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr(predict, "segment", full)
+    monkeypatch.setattr(segmenter, "segment", full)
     assert "--tile" in fails(capsys, "--weights", weights, "--image", photographs / "01.png")
 
 
