@@ -10,6 +10,7 @@ import torch
 from src import Segmenter
 from src.errors import DatasetError
 from src.photograph import PhotographError, list_photographs, read_photograph
+from src.reliability import reasons_for_doubt
 from src.roi_mask import choose_field_of_view, require_roi_mask
 from src.segmenter import PRETRAINED
 from src.weights import Checkpoint, load_model
@@ -101,7 +102,9 @@ def predict(path: Path, segmenter: Segmenter, args: argparse.Namespace) -> Predi
         )
     except torch.OutOfMemoryError as error:
         raise UsageError(f"--tile: {path} does not fit into the GPU's memory; try --tile 512 --batch-size 1") from error
-    return Prediction(**vars(segmentation), path=path, inference_seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    warnings = reasons_for_doubt(photograph, retina, segmentation.vessel_share, segmentation.reliability)
+    return Prediction(**vars(segmentation), path=path, inference_seconds=seconds, warnings=warnings)
 
 
 def choose_weights(weights: str | None) -> Path:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,6 +34,17 @@ SMALLEST_TILE = 128
 FLIPS = ((), (-1,), (-2,), (-2, -1))  # dimensions of [C, H, W] to mirror
 
 View = tuple[int, int, tuple[int, ...]]  # row and column of a tile, and its flip
+
+
+@dataclass
+class Votes:
+    """How many of the flips see a vessel in each pixel of a photograph; `segment` counts them.
+
+    Attributes:
+        count: float32 [h, w] of the resized photograph, on the CPU; None before.
+    """
+
+    count: Tensor | None = None
 
 
 def normalise(photograph: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -106,6 +118,7 @@ def segment(
     flips: bool = False,
     batch_size: int = 1,
     amp_dtype: torch.dtype | None = None,
+    votes: Votes | None = None,
 ) -> Tensor:
     """The probabilities of all classes except the background, at each pixel of a photograph.
 
@@ -118,6 +131,7 @@ def segment(
         flips: average over the four flips of the picture, which takes four times as long.
         batch_size: number of tiles or flips in one forward pass.
         amp_dtype: the lower precision of automatic mixed precision; None: float32 throughout.
+        votes: where to count the flips that see a vessel; None: nowhere.
 
     Returns:
         float64 [C - 1, H, W] on the CPU; for two classes, the vessels alone.
@@ -130,7 +144,7 @@ def segment(
     if tile is None:
         tile = _tile_for_memory(model, *photograph.shape[:2], len(turns), batch_size)
 
-    probabilities = _blend(model, photograph, mean, std, tile, turns, batch_size, amp_dtype)
+    probabilities = _blend(model, photograph, mean, std, tile, turns, batch_size, amp_dtype, votes)
     return resize_probabilities(probabilities[None], (height, width))[0]
 
 
@@ -151,9 +165,12 @@ def _blend(
     turns: Sequence[tuple[int, ...]],
     batch_size: int,
     amp_dtype: torch.dtype | None,
+    votes: Votes | None,
 ) -> Tensor:
     rows, columns = (_overlapping_spans(length, tile) for length in photograph.shape[:2])
     blended = None
+    if votes is not None:
+        votes.count = torch.zeros(photograph.shape[:2])
     for views in _batches(rows, columns, turns, batch_size):
         images = [
             normalise(photograph[rows[row][0], columns[column][0]], mean, std).flip(flip) for row, column, flip in views
@@ -163,8 +180,11 @@ def _blend(
             blended = probabilities.new_zeros(probabilities.shape[1], *photograph.shape[:2])
         for (row, column, flip), probability in zip(views, probabilities, strict=True):
             (vertical, row_weight), (horizontal, column_weight) = rows[row], columns[column]
-            weighted = probability.flip(flip) * row_weight[:, None] * column_weight
-            blended[:, vertical, horizontal] += weighted
+            probability = probability.flip(flip)
+            blended[:, vertical, horizontal] += probability * row_weight[:, None] * column_weight
+            if votes is not None:
+                vote = (probability.sum(dim=0) > 0.5) * row_weight[:, None] * column_weight
+                votes.count[vertical, horizontal] += vote
     return blended / len(turns)
 
 

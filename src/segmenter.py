@@ -13,7 +13,8 @@ from .colours import prepare
 from .field_of_view import field_of_view_diameter, find_field_of_view
 from .inference import for_inference
 from .photograph import read_photograph, to_rgb
-from .segment import match_scale, segment, widening
+from .reliability import expected_dice
+from .segment import Votes, match_scale, segment, widening
 from .weights import Checkpoint, load_model, normalization_of
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "unet_fundus.pth"
@@ -29,11 +30,17 @@ class Segmentation:
     scale: float  # that the photograph was resized by for the model
     probabilities: Tensor  # float64 [C - 1, H, W], of all classes except the background
     labels: np.ndarray  # uint8 [H, W]; 0 is the background and everything outside the field of view
+    reliability: float | None  # the Dice that is expected, 0 to 1; None without flips, or of more than two classes
 
     @property
     def vessels(self) -> np.ndarray:
         """Where a vessel is, bool [H, W]; outside the field of view nowhere."""
         return self.labels > 0
+
+    @property
+    def vessel_share(self) -> float:
+        """The share of the field of view that is vessel."""
+        return np.count_nonzero(self.labels) / np.count_nonzero(self.field_of_view)
 
     @property
     def probability(self) -> np.ndarray:
@@ -90,6 +97,8 @@ class Segmenter:
         diameter = field_of_view_diameter(retina)
         if scale is None:
             scale = match_scale(diameter, self.checkpoint["fov_diameter"])
+        flips = self.checkpoint.get("tta", False) if flips is None else flips
+        votes = Votes() if flips and self.checkpoint["model_args"]["num_classes"] == 2 else None
         probabilities = segment(
             self.model,
             prepare(image, retina, normalization_of(self.checkpoint)),
@@ -97,13 +106,15 @@ class Segmenter:
             self.checkpoint["std"],
             scale=scale,
             tile=tile,
-            flips=self.checkpoint.get("tta", False) if flips is None else flips,
+            flips=flips,
             batch_size=batch_size,
             amp_dtype=self.amp_dtype,
+            votes=votes,
         )
         shift = widening(scale, self.checkpoint.get("trained_scale"))
         labels = np.where(field_of_view, classify(probabilities, threshold, shift), 0).astype(np.uint8)
-        return Segmentation(image, field_of_view, diameter, scale, probabilities, labels)
+        reliability = expected_dice(labels > 0, field_of_view, votes.count) if votes else None
+        return Segmentation(image, field_of_view, diameter, scale, probabilities, labels, reliability)
 
 
 def load_pretrained(weights: str | Path = PRETRAINED, device: str | torch.device = "cpu") -> Segmenter:

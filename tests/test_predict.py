@@ -181,7 +181,8 @@ def test_a_folder(tmp_path, weights, photographs, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert [line[:6] for line in lines] == [f"[{number}/5] " for number in range(1, 6)]
     rows = table(out)
-    assert list(rows[0]) == ["file", "width", "height", "field_of_view_diameter", "scale", "vessel_share", "seconds"]
+    names = "file width height field_of_view_diameter scale vessel_share reliability warning seconds"
+    assert list(rows[0]) == names.split()
     assert [row["file"] for row in rows] == [str(path) for path in sorted(photographs.iterdir())]
     for row, path in zip(rows[:4], sorted(photographs.iterdir()), strict=False):
         field_of_view = find_field_of_view(read_photograph(path))

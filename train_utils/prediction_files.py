@@ -20,7 +20,10 @@ from .files import replace_whole
 from .prediction_report import REPORT, THUMBNAILS, thumbnail_paths, write_thumbnails
 
 TABLE = "predictions.csv"
-COLUMNS = ("file", "width", "height", "field_of_view_diameter", "scale", "vessel_share", "seconds")
+COLUMNS = (
+    *("file", "width", "height", "field_of_view_diameter", "scale", "vessel_share", "reliability", "warning"),
+    "seconds",
+)
 OVERLAY_COLOUR = (0, 255, 255)  # cyan, which does not occur in a retina
 
 
@@ -30,11 +33,7 @@ class Prediction(Segmentation):
 
     path: Path
     inference_seconds: float
-
-    @property
-    def vessel_share(self) -> float:
-        """The share of the field of view that is vessel."""
-        return np.count_nonzero(self.labels) / np.count_nonzero(self.field_of_view)
+    warnings: Sequence[str]  # reasons for doubt
 
 
 def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple[Path | None, list[Path]]:
@@ -141,14 +140,18 @@ def table_row(prediction: Prediction, seconds: float) -> dict[str, Any]:
         "field_of_view_diameter": f"{prediction.diameter:g}",
         "scale": f"{prediction.scale:.4g}",
         "vessel_share": f"{prediction.vessel_share:.5f}",
+        "reliability": "" if prediction.reliability is None else f"{prediction.reliability:.3f}",
+        "warning": "; ".join(prediction.warnings),
         "seconds": f"{seconds:.3f}",
     }
 
 
 def progress_line(prediction: Prediction) -> str:
     height, width = prediction.labels.shape
+    reliability = "" if prediction.reliability is None else f"reliability {prediction.reliability:.2f}, "
+    warning = f", WARNING: {', '.join(prediction.warnings)}" if prediction.warnings else ""
     return (
         f"{prediction.path}: {width} x {height}, field of view {prediction.diameter:g} px, scale "
         f"{prediction.scale:.3g}, vessels are {prediction.vessel_share:.1%} of the field of view, "
-        f"inference time: {prediction.inference_seconds:.3f} s"
+        f"{reliability}inference time: {prediction.inference_seconds:.3f} s{warning}"
     )

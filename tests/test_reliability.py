@@ -1,0 +1,173 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+from src.field_of_view import find_field_of_view
+from src.reliability import (
+    brightness,
+    edge_density,
+    expected_dice,
+    flip_agreement,
+    reasons_for_doubt,
+    sharpness,
+)
+from src.segment import FLIPS, Votes, segment
+from tests.pictures import disc
+from tests.test_predict import MEAN, STD, make_model, run, save
+from train_utils.synthetic_drive import synthetic_photograph
+
+
+@pytest.fixture(scope="module")
+def retina():
+    """A sharp, bright photograph with its vessels and its field of view."""
+    return synthetic_photograph(400, 420, np.random.default_rng(3))
+
+
+def halves(mask):
+    """Masks of four flips that agree on the left half of the picture alone."""
+    left = np.arange(mask.shape[1]) < mask.shape[1] // 2
+    return np.stack([mask & (left | (np.arange(mask.shape[1]) % 4 == flip)) for flip in range(4)])
+
+
+# ---- the parts of the reliability
+
+
+def test_agreement_is_the_dice_over_pairs(retina):
+    _, vessels, inside = retina
+    masks = halves(vessels)
+    both = sum(2 * (masks[i] & masks[j] & inside).sum() for i in range(4) for j in range(i))
+    alone = sum((masks[i] & inside).sum() + (masks[j] & inside).sum() for i in range(4) for j in range(i))
+    votes = torch.from_numpy(masks.sum(axis=0)).float()
+    assert flip_agreement(votes, inside) == pytest.approx(both / alone)
+    assert 0.5 < both / alone < 0.95
+    assert flip_agreement(4 * torch.from_numpy(vessels).float(), inside) == pytest.approx(1)
+    assert flip_agreement(torch.from_numpy(vessels).float(), inside) == 0  # each pixel in one of the flips
+    assert flip_agreement(torch.zeros(vessels.shape), inside) == 0
+
+
+def test_agreement_is_taken_inside_the_field_of_view(retina):
+    _, vessels, inside = retina
+    votes = torch.from_numpy(np.where(inside, 4 * vessels, 1)).float()
+    assert flip_agreement(votes, inside) == pytest.approx(1)
+    assert flip_agreement(votes, np.ones_like(inside)) < 0.8
+    # The votes are those of the resized photograph.
+    assert flip_agreement(votes[::2, ::2], inside) == pytest.approx(1, abs=0.02)
+
+
+def test_the_density_of_edges_is_free_of_the_resolution(retina):
+    _, vessels, inside = retina
+    density = edge_density(vessels, inside)
+    twice = [mask.repeat(2, axis=0).repeat(2, axis=1) for mask in (vessels, inside)]
+    assert edge_density(*twice) == pytest.approx(density, rel=0.01)
+    # A single square: four sides.
+    square = np.zeros((100, 100), bool)
+    square[40:60, 40:60] = True
+    assert edge_density(square, np.ones_like(square)) == pytest.approx(80 * 100 / 100**2)
+    assert 1 < edge_density(square, np.ones_like(square)) * 2 < density
+
+
+def test_reliability_falls_with_agreement_and_vessels(retina):
+    _, vessels, inside = retina
+    doubtful = torch.from_numpy(halves(vessels).sum(axis=0)).float()
+    values = [
+        expected_dice(vessels, inside, torch.from_numpy(4.0 * vessels)),
+        expected_dice(vessels, inside, doubtful),
+        expected_dice(np.zeros_like(vessels), inside, doubtful),
+        expected_dice(np.zeros_like(vessels), inside, torch.zeros(vessels.shape)),
+    ]
+    assert values == sorted(values, reverse=True)
+    assert 0.7 < values[0] <= 1 and values[0] - values[1] > 0.1 and values[1] > values[2] and values[3] == 0
+
+
+# ---- the votes of the flips
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": 96, "batch_size": 3}, {"scale": 0.6}])
+def test_segment_counts_the_votes(options):
+    model = make_model()
+    photograph, _, _ = synthetic_photograph(200, 180, np.random.default_rng(0))
+    votes = Votes()
+    mean = segment(model, photograph, MEAN, STD, flips=True, votes=votes, **options)
+    assert torch.equal(mean, segment(model, photograph, MEAN, STD, flips=True, **options))
+    if "scale" in options:
+        assert votes.count.shape == (108, 120)
+        return
+    expected = torch.zeros(180, 200)
+    for flip in FLIPS:
+        axes = [axis + 2 for axis in flip]  # of [H, W] in place of the last two of [C, H, W]
+        turned = np.ascontiguousarray(np.flip(photograph, axes))
+        tile = {"tile": 96} if options else {}
+        expected += (segment(model, turned, MEAN, STD, **tile)[0].flip(flip) > 0.5).float()
+    # Where tiles overlap, their votes are blended, not their probabilities.
+    assert ((votes.count - expected).abs() < 0.01).float().mean() > (0.8 if options else 0.9999)
+    assert 0.5 < votes.count.mean() < 3.5 and votes.count.max() <= 4 + 1e-4
+
+
+# ---- the warnings
+
+
+def doubts(photograph, share=0.1, reliability=0.8):
+    return reasons_for_doubt(photograph, find_field_of_view(photograph), share, reliability)
+
+
+def test_a_good_photograph_gets_no_warning(retina):
+    assert doubts(retina[0]) == []
+    assert doubts(retina[0], reliability=None) == []
+
+
+def test_reasons(retina):
+    photograph, _, inside = retina
+    assert doubts((photograph * 0.2).astype(np.uint8)) == ["too dark"]
+    blurred = np.array(Image.fromarray(photograph).filter(ImageFilter.GaussianBlur(4)))
+    assert doubts(blurred) == ["blurred"]
+    assert doubts(photograph[120:300, 110:290]) == ["no border found"]
+    assert doubts(photograph, share=0.01) == ["few vessels"]
+    assert doubts(photograph, share=0.3) == ["unusual vessel share"]
+    assert doubts(photograph, reliability=0.3) == ["low reliability"]
+
+
+def test_brightness_and_sharpness_are_those_of_the_retina(retina):
+    photograph, _, inside = retina
+    white = np.where(inside[..., None], photograph, 255).astype(np.uint8)
+    assert brightness(white, inside) == brightness(photograph, inside) == photograph[inside][:, 0].mean()
+    inner = disc(*inside.shape, 300)
+    noisy = np.where(inside[..., None], photograph, np.random.default_rng(0).integers(0, 255, photograph.shape))
+    assert sharpness(noisy.astype(np.uint8), inner) == pytest.approx(sharpness(photograph, inner))
+    for nothing in (np.zeros_like(inside), disc(*inside.shape, 5)):
+        assert np.isfinite(sharpness(photograph, nothing)) and np.isfinite(brightness(photograph, nothing))
+
+
+# ---- predict.py
+
+
+@pytest.mark.parametrize("flags", [[], ["--tta"]])
+def test_the_table_and_the_printed_line(tmp_path, capsys, flags):
+    weights = save(tmp_path / "model.pth", make_model())
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    photograph, _, _ = synthetic_photograph(400, 420, np.random.default_rng(3))
+    Image.fromarray(photograph).save(folder / "1.png")
+    Image.fromarray((photograph * 0.2).astype(np.uint8)).save(folder / "2.png")
+    run("--weights", weights, "--image", folder, "--output", tmp_path / "out", *flags)
+    with open(tmp_path / "out" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    for row, line in zip(rows, lines, strict=True):
+        assert (row["reliability"] != "") == (": reliability " in line or ", reliability " in line) == bool(flags)
+        assert not flags or 0 <= float(row["reliability"]) <= 1
+        assert (row["warning"] != "") == ("WARNING: " in line)
+        assert all(reason in line for reason in row["warning"].split("; "))
+    assert "too dark" in rows[1]["warning"] and "too dark" not in rows[0]["warning"]
+
+
+def test_more_than_two_classes_have_warnings_alone(tmp_path):
+    weights = save(tmp_path / "model.pth", make_model(num_classes=4))
+    dark = synthetic_photograph(80, 72, np.random.default_rng(3))[0] * 0.2
+    Image.fromarray(dark.astype(np.uint8)).save(tmp_path / "1.png")
+    run("--weights", weights, "--image", tmp_path / "1.png", "--output", tmp_path / "out", "--tta")
+    with open(tmp_path / "out" / "predictions.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["reliability"] == "" and "too dark" in row["warning"] and "low reliability" not in row["warning"]
