@@ -24,6 +24,7 @@ COLUMNS = (
     *("file", "width", "height", "field_of_view_diameter", "scale", "vessel_share", "reliability", "warning"),
     "seconds",
 )
+COMPRESSION = 3  # of PNG: an overlay takes a third of the time of Pillow's 6, and is 11 % larger
 OVERLAY_COLOUR = (0, 255, 255)  # cyan, which does not occur in a retina
 
 
@@ -118,17 +119,21 @@ def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace)
         write_thumbnails(mask, prediction.photograph, overlay)
     for path, picture in pictures.items():
         with replace_whole(path) as file:
-            Image.fromarray(picture).save(file, format="PNG")
+            Image.fromarray(picture).save(file, format="PNG", compress_level=COMPRESSION)
 
 
 def draw_overlay(prediction: Prediction) -> np.ndarray:
     """The photograph with the vessels drawn in, one colour per class: uint8 [H, W, 3]."""
     classes = len(prediction.probabilities)
-    labels = torch.from_numpy(prediction.labels)
-    masks = labels == torch.arange(1, classes + 1, dtype=torch.uint8)[:, None, None]  # [C - 1, H, W]
-    photograph = torch.from_numpy(prediction.photograph).permute(2, 0, 1)
-    colours = [OVERLAY_COLOUR] if classes == 1 else None
-    return draw_segmentation_masks(photograph, masks, alpha=0.6, colors=colours).permute(1, 2, 0).numpy()
+    overlay, vessels = prediction.photograph.copy(), prediction.labels > 0
+    if vessels.any():  # the other pixels stay, and they are many
+        labels = torch.from_numpy(prediction.labels[vessels])
+        masks = labels == torch.arange(1, classes + 1, dtype=torch.uint8)[:, None]  # [C - 1, pixels]
+        pixels = torch.from_numpy(overlay[vessels]).T  # [3, pixels]
+        colours = [OVERLAY_COLOUR] if classes == 1 else None
+        drawn = draw_segmentation_masks(pixels[:, None], masks[:, None], alpha=0.6, colors=colours)  # [3, 1, pixels]
+        overlay[vessels] = drawn[:, 0].T.numpy()
+    return overlay
 
 
 def table_row(prediction: Prediction, seconds: float) -> dict[str, Any]:
