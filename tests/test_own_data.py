@@ -498,6 +498,7 @@ def test_training_on_all(shared_drive, own, working_directory, capsys):
     )
     assert "--val-split 2" in fails(capsys, *flags, "--val-split", 2)
     assert "--fold 1/2" in fails(capsys, *flags, "--fold", "1/2")
+    assert "--threshold auto" in fails(capsys, *flags, "--threshold", "auto")
 
 
 def test_ambiguous_second_observers_are_left_out(drive, working_directory, capsys):

@@ -87,6 +87,8 @@ def _settle_split(args: argparse.Namespace) -> None:
     if args.train_on_all and (args.fold or args.val_split):
         other = f"--fold {args.fold}" if args.fold else f"--val-split {args.val_split}"
         raise UsageError(f"--train-on-all: holds no photographs out, as {other} does; give one")
+    if args.train_on_all and args.threshold == "auto":
+        raise UsageError("--threshold auto: needs held-out photographs, and --train-on-all has none; give a number")
     if args.fold or args.train_on_all:
         args.val_split = 0
         return
