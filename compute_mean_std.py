@@ -1,5 +1,9 @@
 """Mean and standard deviation of the training photographs' channels, and the sizes that a model works at."""
 
+import src.threads  # noqa: F401  # before torch is imported
+
+# isort: split
+
 import argparse
 import statistics
 from collections.abc import Iterable

@@ -1,5 +1,9 @@
 """Train the U-Net on DRIVE on one device."""
 
+import src.threads  # noqa: F401  # before torch is imported
+
+# isort: split
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,5 +1,9 @@
 """Train the U-Net on DRIVE in many processes, one per GPU: under torchrun, under SLURM, or in a single process."""
 
+import src.threads  # noqa: F401  # before torch is imported
+
+# isort: split
+
 import argparse
 from collections.abc import Sequence
 

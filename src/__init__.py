@@ -1,5 +1,9 @@
 """The models, their construction from arguments, and their use on photographs."""
 
+from . import threads as threads  # before torch is imported
+
+# isort: split
+
 from .backbone_unet import BackboneUNet, BackboneWeightsError
 from .mobilenet_unet import MobileV3Unet
 from .models import ARCHITECTURES, create_model, model_args_from_state_dict

@@ -1,13 +1,19 @@
-"""A U-Net whose contracting path is a classification network, optionally with ImageNet weights."""
+"""A U-Net whose contracting path is a classification network, optionally with ImageNet weights.
+
+torchvision is imported where such a network is built: it takes seconds, which no other model needs.
+"""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum
 
 from .errors import UserError
 from .unet import OutConv, Up
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 
 class BackboneWeightsError(UserError):
@@ -24,8 +30,6 @@ class BackboneUNet(nn.Module):
         num_classes: classes of the output, background included.
     """
 
-    imagenet_weights: WeightsEnum  # torchvision's, for the network of `features`
-
     def __init__(self, features: nn.Sequential, taps: Mapping[int, int], num_classes: int) -> None:
         super().__init__()
         self.taps = tuple(taps)
@@ -36,6 +40,11 @@ class BackboneUNet(nn.Module):
         self.up3 = Up(third + second, second)
         self.up4 = Up(second + first, first)
         self.conv = OutConv(first, num_classes)
+
+    @property
+    def imagenet_weights(self) -> "WeightsEnum":
+        """torchvision's weights for the network of `features`."""
+        raise NotImplementedError
 
     def logits(self, x: Tensor) -> Tensor:
         """Map an image [N, 3, H, W] to logits [N, num_classes, h, w] of the first stage's resolution."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from .field_of_view import field_of_view_diameter
 
@@ -104,11 +104,21 @@ def _local_mean(grey: np.ndarray, field_of_view: np.ndarray) -> np.ndarray:
     height, width = grey.shape
     size = [max(1, round(height / shrink)), max(1, round(width / shrink))]
     parts = np.where(field_of_view, grey, np.uint8(0)), field_of_view.view(np.uint8) * np.uint8(255)
-    parts = [F.resize(F.to_dtype(torch.from_numpy(part)[None], torch.float32, scale=True), size) for part in parts]
+    small = torch.cat([_resize(to_float(torch.from_numpy(part)), size) for part in parts])  # [2, 1, h, w]
     radius = math.ceil(3 * sigma / shrink)
-    padded = F.pad(torch.cat(parts), [radius] * 4)  # [2, small height, small width]
-    total, weight = F.gaussian_blur(padded, 2 * radius + 1, sigma / shrink)[:, radius:-radius, radius:-radius]
-    return F.resize((total / weight.clamp_min(1e-3))[None], [height, width])[0].numpy()
+    gaussian = (-0.5 * (torch.arange(-radius, radius + 1) / (sigma / shrink)) ** 2).softmax(dim=0)
+    total, weight = F.conv2d(small, torch.outer(gaussian, gaussian)[None, None], padding=radius)[:, 0]
+    return _resize(total / weight.clamp_min(1e-3), [height, width])[0, 0].numpy()
+
+
+def to_float(levels: Tensor) -> Tensor:
+    """Levels, uint8 of any shape, as float32 in [0, 1], exactly as `to_dtype` of torchvision gives them."""
+    return levels.to(torch.float32).mul_(1 / 255)
+
+
+def _resize(grey: Tensor, size: Sequence[int]) -> Tensor:
+    """A picture [h, w], resized: [1, 1, H, W]."""
+    return F.interpolate(grey[None, None], tuple(size), mode="bilinear", antialias=True)
 
 
 def prepare(photograph: np.ndarray, field_of_view: np.ndarray, normalization: Normalization) -> np.ndarray:

@@ -51,7 +51,8 @@ from train_utils import create_lr_scheduler, train_and_eval
 from train_utils.command_line import Parser, at_least, run_script, select_device
 from train_utils.data_loading import make_loaders, open_datasets
 from train_utils.memory import keep_freed_memory
-from train_utils.settings import amp_dtype, memory_format, model_arguments, settle
+from train_utils.mixed_precision import amp_dtype
+from train_utils.settings import memory_format, model_arguments, settle
 from train_utils.synthetic_drive import write_synthetic_drive
 from train_utils.training_state import TrainingState
 

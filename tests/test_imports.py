@@ -1,9 +1,14 @@
-"""Which room may import which: README, "Where things are"."""
+"""Which room may import which: README, "Where things are"; and when torch and torchvision are imported."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import train_utils
 
 PROJECT = Path(__file__).parents[1]
 SCRIPTS = {"train", "train_multi_GPU", "predict", "compute_mean_std"}
@@ -62,3 +67,44 @@ def test_no_circles(room):
     while leaves := {module for module, needed in graph.items() if not needed & graph.keys()}:
         graph = {module: needed for module, needed in graph.items() if module not in leaves}
     assert not graph, f"import each other: {sorted(graph)}"
+
+
+LOOK = """
+import os, sys
+class Look:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            print("waits", os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Look)
+import {script}
+print("imported", *sorted({{name.split(".")[0] for name in sys.modules}} & {{"torchvision", "my_dataset"}}))
+"""
+
+
+def importing(script, **environment):
+    """What is seen while a script is imported: how threads wait when torch is, and which slow modules are."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    command = [sys.executable, "-c", LOOK.format(script=script)]
+    done = subprocess.run(command, cwd=PROJECT, env=kept | environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_how_threads_wait_is_set_before_torch_is_imported(script):
+    assert importing(script)[0] == "waits PASSIVE"
+
+
+def test_how_threads_wait_stays_as_the_user_set_it():
+    assert importing("predict", OMP_WAIT_POLICY="ACTIVE")[0] == "waits ACTIVE"
+    assert importing("predict", GOMP_SPINCOUNT="1000")[0] == "waits None"
+
+
+def test_predict_starts_without_torchvision():
+    assert importing("predict")[-1] == "imported"
+
+
+def test_every_name_of_train_utils_is_there():
+    assert all(getattr(train_utils, name) is not None for name in train_utils.__all__)
+    assert set(train_utils.__all__) <= set(dir(train_utils))
+    with pytest.raises(ImportError):
+        from train_utils import no_such_name  # noqa: F401

@@ -18,8 +18,9 @@ from tests.test_train_multi_GPU import assert_same_state
 from train_utils import create_lr_scheduler, evaluate, fit, load_checkpoint, logger, train_and_eval
 from train_utils.command_line import UsageError, run_script
 from train_utils.data_loading import SeededDataset, evaluation_loader, open_datasets, training_loader
+from train_utils.mixed_precision import amp_dtype
 from train_utils.scoring.counts import DiceCoefficient
-from train_utils.settings import amp_dtype, evaluation_pixels, settle
+from train_utils.settings import evaluation_pixels, settle
 from train_utils.synthetic_drive import write_synthetic_drive
 from train_utils.training_state import TrainingState
 from transforms import AUGMENTATIONS, get_transform

@@ -15,10 +15,10 @@ from .checkpoint import LAST_MODEL, load_backbone_weights
 from .command_line import UsageError
 from .distributed_utils import broadcast_buffers, is_main_process, on_main_process
 from .files import make_output_folder
+from .mixed_precision import amp_dtype
 from .results import Row
 from .saver import Saver
 from .scoring.counts import ConfusionMatrix
-from .settings import amp_dtype
 from .tensorboard_log import TensorBoardLog
 from .train_and_eval import NonFiniteLossError, evaluate, train_one_epoch
 from .training_state import TrainingState

@@ -4,17 +4,14 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from my_dataset import DRIVE_MEAN, DRIVE_STD
 from src import ARCHITECTURES
 from src.weights import CheckpointError, load_checkpoint
 from transforms import AUGMENTATIONS
 
 from .command_line import Parser, add_switch, at_least, fold_of_folds, fraction, probability_or_auto
+from .mixed_precision import add_amp_flags
 from .recipes import RECIPES
-
-AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # The share of a GPU's free memory that the photographs may take; the rest is for the model.
 SHARE_FOR_PHOTOGRAPHS = 0.25
@@ -186,16 +183,6 @@ def add_data_path(parser: argparse.ArgumentParser) -> None:
 class _OneOrSeveral(argparse.Action):
     def __call__(self, parser: object, namespace: argparse.Namespace, values: list[str], option: object = None) -> None:
         setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
-
-
-def add_amp_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of mixed precision, which training and prediction share."""
-    add_switch(parser, "--amp", default=False, help="automatic mixed precision")
-    parser.add_argument(
-        "--amp-dtype",
-        choices=list(AMP_DTYPES),
-        help="the lower precision of --amp (default: float16 on a GPU, bfloat16 elsewhere)",
-    )
 
 
 def add_speed_flags(parser: argparse.ArgumentParser) -> None:

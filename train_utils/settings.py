@@ -12,7 +12,8 @@ from src.weights import Checkpoint
 
 from .command_line import UsageError
 from .distributed_utils import is_main_process
-from .flags import AMP_DTYPES, SHARE_FOR_PHOTOGRAPHS
+from .flags import SHARE_FOR_PHOTOGRAPHS
+from .mixed_precision import settle_amp
 
 
 def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoint | None = None) -> None:
@@ -51,27 +52,6 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
         args.workers = 0
     if args.tta is None and checkpoint is not None:
         args.tta = checkpoint.get("tta")
-
-
-def settle_amp(args: argparse.Namespace, device: torch.device) -> None:
-    """Settle `args.amp_dtype` where it was left open.
-
-    Raises:
-        UsageError: the precision does not work on this device, or is given without --amp.
-    """
-    if args.amp_dtype and not args.amp:
-        raise UsageError(f"--amp-dtype {args.amp_dtype}: does nothing without --amp; add --amp")
-    if not args.amp:
-        return
-    if args.amp_dtype is None:
-        args.amp_dtype = "float16" if device.type == "cuda" else "bfloat16"
-    if device.type != "cuda":
-        if args.amp_dtype == "float16":
-            raise UsageError(f"--amp-dtype float16: works on GPUs alone; use --amp-dtype bfloat16 on {device.type}")
-        if is_main_process():
-            print(
-                f"--amp: bfloat16 on {device.type}; it pays only where the processor computes in it (AVX512_BF16, AMX)"
-            )
 
 
 def _channels_last_is_faster(args: argparse.Namespace, device: torch.device) -> bool:
@@ -155,11 +135,6 @@ def model_arguments(args: argparse.Namespace) -> dict[str, str | int]:
     """The arguments of `src.create_model` that the flags ask for."""
     widths = {"base_c": args.base_c} if "base_c" in ARCHITECTURES[args.arch][1] else {}
     return {"arch": args.arch, "num_classes": args.num_classes + 1} | widths
-
-
-def amp_dtype(args: argparse.Namespace) -> torch.dtype | None:
-    """The lower precision that the settled flags ask for; None without `args.amp`."""
-    return AMP_DTYPES[args.amp_dtype] if args.amp else None
 
 
 def memory_format(args: argparse.Namespace) -> torch.memory_format:

@@ -16,8 +16,8 @@ from src.weights import Checkpoint, CheckpointError, load_checkpoint, load_weigh
 from .checkpoint import LAST_MODEL
 from .distributed_utils import is_main_process, on_main_process
 from .flags import default_flags
+from .mixed_precision import amp_dtype
 from .results import ResultsFiles, Row
-from .settings import amp_dtype
 from .train_and_eval import create_lr_scheduler, create_one_cycle_scheduler
 
 # Flags that may differ from those of the checkpoint without a report: they change no number of a run, or are checked
