@@ -1,8 +1,15 @@
 """Segment the vessels of retinal photographs with trained weights."""
 
+import src.threads  # noqa: F401  # before torch is imported
+
+# isort: split
+
 import argparse
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -11,7 +18,7 @@ from src import Segmenter
 from src.errors import DatasetError
 from src.photograph import PhotographError, list_photographs, read_photograph
 from src.reliability import reasons_for_doubt
-from src.roi_mask import choose_field_of_view, require_roi_mask
+from src.roi_mask import choose_field_of_view, require_roi_mask, roi_mask_path
 from src.segmenter import PRETRAINED
 from src.weights import Checkpoint, load_model
 from train_utils.command_line import (
@@ -24,11 +31,19 @@ from train_utils.command_line import (
     select_device,
 )
 from train_utils.export import export_onnx
-from train_utils.files import make_output_folder, write_csv
-from train_utils.flags import add_amp_flags
-from train_utils.prediction_files import COLUMNS, Prediction, plan_outputs, progress_line, table_row, write_pictures
+from train_utils.files import make_output_folder
+from train_utils.in_order import in_order
+from train_utils.mixed_precision import add_amp_flags, amp_dtype, settle_amp
+from train_utils.prediction_files import (
+    Prediction,
+    facts,
+    picture_paths,
+    plan_outputs,
+    progress_line,
+    write_pictures,
+)
 from train_utils.prediction_report import REPORT, THUMBNAILS, write_report
-from train_utils.settings import amp_dtype, settle_amp
+from train_utils.prediction_table import COLUMNS, FACTS, PredictionTable, Row, digest, escaped, printable
 
 TRAINED = Path("save_weights", "best_model.pth")
 
@@ -53,30 +68,93 @@ def main(args: argparse.Namespace) -> None:
     if args.report:
         make_output_folder(folder / THUMBNAILS, "--report")
 
-    rows, failures = [], {}
+    settings = digest(Path(args.weights), describe_settings(args).encode())
+    done: list[Outcome] = []
+    started, new = time.perf_counter(), 0
+    with PredictionTable(table) as rows:
+        jobs = [(path, mask, rows.former(mask)) for path, mask in zip(photographs, masks, strict=True)]
+        try:
+            with closing(in_order(lambda job: work_on(*job, segmenter, settings, args), jobs)) as outcomes:
+                for number, outcome in enumerate(outcomes, start=1):
+                    done.append(outcome)
+                    rows.add(outcome.row)
+                    new += not outcome.kept
+                    if outcome.error and len(photographs) == 1:
+                        raise PhotographError(outcome.error)
+                    left = (time.perf_counter() - started) / max(new, 1) * (len(photographs) - number)
+                    time_left = f" ({timedelta(seconds=round(left))} left)" if new and left >= 1 else ""
+                    print(f"[{number}/{len(photographs)}] {outcome.line}{time_left}", flush=True)
+        except KeyboardInterrupt:
+            print(f"stopped after {len(done)} of {len(photographs)} photographs; the same command goes on from here")
+            raise
+        finally:
+            if args.report:
+                told = [one.row | {"file": one.path} for one in done if not one.error]
+                failures = {one.path: one.error for one in done if one.error}
+                write_report(
+                    folder / REPORT, ("file", *FACTS), told, failures, dict(zip(photographs, masks, strict=True))
+                )
+    if failures := [one.error for one in done if one.error]:
+        raise PhotographError("\n  ".join([f"{len(failures)} of {len(photographs)} photographs failed:", *failures]))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a photograph."""
+
+    path: Path
+    row: Row  # of the table
+    line: str  # to print
+    error: str = ""  # why there is no mask
+    kept: bool = False  # the mask is of an earlier run
+
+
+def work_on(
+    path: Path, mask: Path, former: Row | None, segmenter: Segmenter, settings: str, args: argparse.Namespace
+) -> Outcome:
+    """Segment a photograph and write its pictures, unless an earlier run did just that.
+
+    Args:
+        path, mask: of the photograph and of its mask.
+        former: the row of this mask in the table of earlier runs.
+        settings: the digest of the weights and the flags.
+    """
+    started = time.perf_counter()
+    row = dict.fromkeys(COLUMNS, "") | {"file": escaped(path), "mask": escaped(Path(mask.name))}
     try:
-        for number, (path, mask) in enumerate(zip(photographs, masks, strict=True), start=1):
-            started = time.perf_counter()
-            try:
-                prediction = predict(path, segmenter, args)
-                write_pictures(prediction, mask, args)
-                rows.append(table_row(prediction, time.perf_counter() - started))
-                outcome = f"{progress_line(prediction)} -> {mask}"
-            except DatasetError as error:
-                failures[path] = str(error)
-                if len(photographs) == 1:
-                    raise
-                outcome = f"failed: {error}"
-            print(f"[{number}/{len(photographs)}] {outcome}", flush=True)
-    finally:
-        if table:
-            write_csv(table, COLUMNS, rows)
-        if args.report:
-            write_report(folder / REPORT, COLUMNS, rows, failures, dict(zip(photographs, masks, strict=True)))
-    if failures:
-        raise PhotographError(
-            "\n  ".join([f"{len(failures)} of {len(photographs)} photographs failed:", *failures.values()])
-        )
+        row |= digests(path, settings, args)
+        if former and not former["error"] and not args.overwrite:
+            if former["photograph_digest"] != row["photograph_digest"] and former["file"] != row["file"]:
+                row["mask"] = ""
+                raise PhotographError(
+                    f"{path}: {mask} is the mask of {former['file']}; choose another --output, or give --overwrite"
+                )
+            same = all(former[name] == row[name] for name in ("photograph_digest", "settings_digest"))
+            if same and all(picture.exists() for picture in picture_paths(mask, args)):
+                return Outcome(path, former, f"{path}: segmented before -> {mask}", kept=True)
+        prediction = predict(path, segmenter, args)
+        write_pictures(prediction, mask, args)
+        row |= facts(prediction, time.perf_counter() - started)
+        return Outcome(path, row, f"{progress_line(prediction)} -> {mask}")
+    except DatasetError as error:
+        row["error"] = printable(str(error))
+        return Outcome(path, row, f"failed: {error}", error=str(error))
+
+
+def digests(path: Path, settings: str, args: argparse.Namespace) -> Row:
+    """The digests of a photograph and of what its mask depends on besides, by the names of their columns."""
+    roi_mask = roi_mask_path(path, args.roi_mask)
+    try:
+        parts = [settings.encode(), *([roi_mask] if roi_mask else [str(args.roi_mask).encode()])]
+        return {"photograph_digest": digest(path), "settings_digest": digest(*parts)}
+    except OSError as error:
+        raise PhotographError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def describe_settings(args: argparse.Namespace) -> str:
+    """The settled flags that a mask depends on, except the weights and the ROI mask."""
+    others = {"weights", "image", "roi_mask", "output", "save_prob", "overlay", "report", "overwrite", "export"}
+    return repr(sorted((name, value) for name, value in vars(args).items() if name not in others))
 
 
 def predict(path: Path, segmenter: Segmenter, args: argparse.Namespace) -> Prediction:
@@ -185,6 +263,13 @@ def get_parser() -> argparse.ArgumentParser:
     add_switch(parser, "--save-prob", default=False, help="also write the vessel probability as a 16-bit PNG")
     add_switch(parser, "--overlay", default=False, help="also write the photograph with the vessels drawn in")
     add_switch(parser, "--report", default=False, help="also write predictions.html, a page to look through them all")
+    add_switch(
+        parser,
+        "--overwrite",
+        default=False,
+        help="segment every photograph anew (default: keep what predictions.csv records with the same photograph, "
+        "weights and flags)",
+    )
     add(
         "--tile",
         type=at_least(64),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as transforms
 
-from .colours import ChannelNormalization
+from .colours import ChannelNormalization, to_float
 
 SMALLEST_INPUT = 16  # pixels; the least side of the U-Net's input
 GRID = 32  # pixels; in tiles that begin at multiples of this, poolings group the same pixels as in the whole picture
@@ -33,6 +33,9 @@ SMALLEST_TILE = 128
 
 FLIPS = ((), (-1,), (-2,), (-2, -1))  # dimensions of [C, H, W] to mirror
 
+# The network has the memory and the processor to itself, while other threads read, prepare and write photographs.
+_NETWORK = threading.Lock()
+
 View = tuple[int, int, tuple[int, ...]]  # row and column of a tile, and its flip
 
 
@@ -49,8 +52,8 @@ class Votes:
 
 def normalise(photograph: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalise a photograph, uint8 [H, W, 3], exactly as in training and evaluation: float32 [3, H, W]."""
-    image = transforms.to_dtype(transforms.to_image(photograph), torch.float32, scale=True).as_subclass(Tensor)
-    return ChannelNormalization(mean, std)(image)
+    image = torch.from_numpy(photograph).permute(2, 0, 1).contiguous()
+    return ChannelNormalization(mean, std)(to_float(image))
 
 
 def match_scale(diameter: float, trained_diameter: float) -> float:
@@ -144,7 +147,8 @@ def segment(
     if tile is None:
         tile = _tile_for_memory(model, *photograph.shape[:2], len(turns), batch_size)
 
-    probabilities = _blend(model, photograph, mean, std, tile, turns, batch_size, amp_dtype, votes)
+    with _NETWORK:
+        probabilities = _blend(model, photograph, mean, std, tile, turns, batch_size, amp_dtype, votes)
     return resize_probabilities(probabilities[None], (height, width))[0]
 
 

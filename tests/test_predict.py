@@ -1,6 +1,8 @@
 import csv
 import os
+import re
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -25,6 +27,8 @@ from tests.test_photograph import make_broken
 from train_utils import load_model, save_checkpoint
 from train_utils.command_line import run_script
 from train_utils.data_loading import evaluation_loader
+from train_utils.files import write_csv
+from train_utils.prediction_table import escaped
 from train_utils.synthetic_drive import synthetic_photograph, write_synthetic_drive
 from transforms import get_transform
 
@@ -181,8 +185,8 @@ def test_a_folder(tmp_path, weights, photographs, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert [line[:6] for line in lines] == [f"[{number}/5] " for number in range(1, 6)]
     rows = table(out)
-    names = "file width height field_of_view_diameter scale vessel_share reliability warning seconds"
-    assert list(rows[0]) == names.split()
+    names = "file mask width height field_of_view_diameter scale vessel_share reliability warning seconds error"
+    assert list(rows[0]) == [*names.split(), "photograph_digest", "settings_digest"]
     assert [row["file"] for row in rows] == [str(path) for path in sorted(photographs.iterdir())]
     for row, path in zip(rows[:4], sorted(photographs.iterdir()), strict=False):
         field_of_view = find_field_of_view(read_photograph(path))
@@ -219,7 +223,9 @@ def test_broken_photographs_do_not_stop_the_others(tmp_path, weights, photograph
         )
     assert stopped.value.code == 1
     assert files(out) == [*(f"0{number}_vessels.png" for number in (1, 2, 3, 4)), "predictions.csv"]
-    assert len(table(out)) == 4
+    rows = {Path(row["file"]).name: row for row in table(out)}
+    assert sorted(name for name, row in rows.items() if row["error"]) == sorted(broken)
+    assert len(rows) == len(broken) + 4 and all(rows[name]["width"] == "" for name in broken)
     output = capsys.readouterr()
     first, *failures = output.err.splitlines()
     assert first.endswith(f"{len(broken)} of {len(broken) + 4} photographs failed:")
@@ -247,7 +253,7 @@ def test_stems_that_stay_equal_are_refused(tmp_path, weights, photographs, capsy
     assert str(tmp_path / "one/left/a.png") in message and str(tmp_path / "two/left/a.png") in message
 
 
-def test_interrupted_runs_keep_the_table_of_what_is_done(tmp_path, weights, photographs, monkeypatch):
+def test_interrupted_runs_keep_the_table_of_what_is_done(tmp_path, weights, photographs, monkeypatch, capsys):
     def stop_at_the_third(path, *args):
         if path.name == "03.png":
             raise KeyboardInterrupt
@@ -257,8 +263,187 @@ def test_interrupted_runs_keep_the_table_of_what_is_done(tmp_path, weights, phot
     monkeypatch.setattr(predict, "predict", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run("--weights", weights, "--image", photographs, "--output", tmp_path / "out")
-    assert files(tmp_path / "out") == ["01_vessels.png", "02_vessels.png", "predictions.csv"]
-    assert len(table(tmp_path / "out")) == 2
+    assert [row["mask"] for row in table(tmp_path / "out")] == ["01_vessels.png", "02_vessels.png"]
+    assert capsys.readouterr().out.endswith("stopped after 2 of 4 photographs; the same command goes on from here\n")
+    monkeypatch.setattr(predict, "predict", whole)
+    run("--weights", weights, "--image", photographs, "--output", tmp_path / "out")
+    assert [": segmented before ->" in line for line in lines_of(capsys)] == [True, True, False, False]
+    assert [row["mask"] for row in table(tmp_path / "out")] == [f"0{number}_vessels.png" for number in (1, 2, 3, 4)]
+
+
+def test_ctrl_c_ends_with_130(weights, photographs, monkeypatch, tmp_path):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "predict", stop)
+    flags = ["--weights", str(weights), "--image", str(photographs), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        run_script(predict.main, predict.parse_args(flags))
+    assert stopped.value.code == 130
+
+
+# ---- the table, and runs that go on
+
+
+@pytest.fixture
+def segmented(tmp_path, weights, photographs, capsys):
+    """The flags of a run over four photographs, which has ended; and the folder of its masks."""
+    flags = ("--weights", weights, "--image", photographs, "--output", tmp_path / "out")
+    run(*flags)
+    capsys.readouterr()
+    return flags, tmp_path / "out"
+
+
+def lines_of(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+
+
+def kept(capsys, *flags):
+    """Run again; return of which photographs the masks were kept."""
+    run(*flags)
+    return [number for number, line in enumerate(lines_of(capsys), start=1) if ": segmented before ->" in line]
+
+
+def test_a_second_run_keeps_what_is_there(segmented, capsys):
+    flags, out = segmented
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert kept(capsys, *flags) == [1, 2, 3, 4]
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+    assert times == {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert kept(capsys, *flags, "--overwrite") == []
+    assert times != {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
+
+
+@pytest.mark.parametrize(
+    "changed", [("--threshold", "0.7"), ("--overlay",), ("--roi-mask", "none"), ("--scale", "1.5"), ("--tta",)]
+)
+def test_a_second_run_with_other_flags_begins_anew(segmented, capsys, changed):
+    flags, out = segmented
+    assert kept(capsys, *flags, *changed) == []
+    assert kept(capsys, *flags, *changed) == [1, 2, 3, 4]
+    assert len(table(out)) == 4
+
+
+def test_what_changed_is_segmented_anew(segmented, capsys, photographs, weights):
+    flags, out = segmented
+    Image.open(photographs / "01.png").rotate(90).save(photographs / "02.png")  # another photograph of the same name
+    (out / "03_vessels.png").unlink()
+    assert kept(capsys, *flags) == [1, 4]
+    assert kept(capsys, *flags) == [1, 2, 3, 4]
+    checkpoint = torch.load(weights, weights_only=False)
+    other = weights.with_name("other.pth")
+    torch.save(checkpoint | {"epoch": 99}, other)
+    assert kept(capsys, "--weights", other, *flags[2:]) == []
+
+
+def test_a_changed_roi_mask_is_seen(segmented, capsys, tmp_path):
+    flags, _ = segmented
+    mask = tmp_path / "mask.png"
+    Image.new("L", (80, 72), 255).save(mask)
+    assert kept(capsys, *flags, "--roi-mask", mask) == []
+    assert kept(capsys, *flags, "--roi-mask", mask) == [1, 2, 3, 4]
+    half = Image.new("L", (80, 72), 255)
+    half.paste(0, (0, 0, 40, 72))
+    half.save(mask)
+    assert kept(capsys, *flags, "--roi-mask", mask) == []
+
+
+def test_failures_are_tried_again(segmented, capsys, photographs):
+    flags, out = segmented
+    whole = (photographs / "04.png").read_bytes()
+    (photographs / "04.png").write_bytes(b"no picture")
+    assert f"{photographs / '04.png'}: not an image" in fails_of_many(capsys, *flags)
+    row = table(out)[-1]
+    assert (row["mask"], row["width"]) == ("04_vessels.png", "") and "not an image" in row["error"]
+    (photographs / "04.png").write_bytes(whole)
+    assert kept(capsys, *flags) == [1, 2, 3]
+    assert not any(row["error"] for row in table(out))
+
+
+def fails_of_many(capsys, *flags):
+    with pytest.raises(SystemExit):
+        run_script(predict.main, predict.parse_args(["--device", "cpu", *map(str, flags)]))
+    return capsys.readouterr().err
+
+
+def test_the_mask_of_another_photograph_stays(segmented, capsys, photographs, tmp_path):
+    flags, out = segmented
+    (tmp_path / "others").mkdir()
+    Image.open(photographs / "01.png").rotate(90).save(tmp_path / "others" / "02.png")
+    other = (*flags[:2], "--image", tmp_path / "others", "--output", out)
+    before = (out / "02_vessels.png").read_bytes()
+    assert f"02_vessels.png is the mask of {photographs / '02.png'}" in fails(capsys, *other)
+    assert "02_vessels.png is the mask of" in fails(capsys, *other)  # and so it stays
+    assert (out / "02_vessels.png").read_bytes() == before
+    assert kept(capsys, *flags) == [1, 2, 3, 4]
+    run(*other, "--overwrite")
+    assert (out / "02_vessels.png").read_bytes() != before
+    assert [row["file"] for row in table(out) if row["mask"] == "02_vessels.png"] == [str(tmp_path / "others/02.png")]
+    capsys.readouterr()
+    # The same photograph from another folder is the same.
+    shutil.copy(photographs / "03.png", tmp_path / "others")
+    assert kept(capsys, *flags[:2], "--image", tmp_path / "others/03.png", "--output", out) == [1]
+
+
+def test_a_killed_run_goes_on(segmented, capsys):
+    flags, out = segmented
+    path = out / "predictions.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]) + lines[3][:20])
+    assert kept(capsys, *flags) == [1, 2]
+    assert sorted(path.read_text().splitlines()[1:3]) == sorted(line.strip() for line in lines[1:3])
+    assert len(table(out)) == 4
+
+
+def test_rows_are_there_as_soon_as_their_masks(tmp_path, weights, photographs, monkeypatch):
+    seen = []
+
+    def look(path, *args):
+        # Two photographs are worked on at once, so the rows of the others are there.
+        seen.append(len(table(tmp_path / "out")))
+        return whole(path, *args)
+
+    whole = predict.predict
+    monkeypatch.setattr(predict, "predict", look)
+    run("--weights", weights, "--image", photographs, "--output", tmp_path / "out")
+    assert len(seen) == 4 and all(rows >= number - 2 for number, rows in enumerate(seen, start=1)) and seen[-1] >= 2
+
+
+@pytest.mark.parametrize("content", ["patient,diagnosis\n1,none\n", "\n", "file,other\n"])
+def test_a_table_of_something_else_stays(tmp_path, weights, photographs, capsys, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "predictions.csv").write_text(content)
+    message = fails(capsys, "--weights", weights, "--image", photographs, "--output", tmp_path / "out")
+    assert "predictions.csv there is not of predict.py; choose another folder" in message
+    assert (tmp_path / "out" / "predictions.csv").read_text() == content
+
+
+def test_a_table_of_an_earlier_version_begins_anew(segmented, capsys):
+    flags, out = segmented
+    rows = table(out)
+    names = ["file", "width", "height", "field_of_view_diameter", "scale", "vessel_share", "seconds"]
+    write_csv(out / "predictions.csv", names, [{name: row[name] for name in names} for row in rows])
+    assert kept(capsys, *flags) == []
+    assert len(table(out)) == 4
+
+
+@pytest.mark.parametrize("name", ["plain.png", "a\\xff.png", "line\nbreak.png", "caf\u00e9.png", "odd\udcff.png"])
+def test_names_in_the_table_can_be_read_back(name):
+    text = escaped(Path(name))
+    assert text.isprintable() and text.encode().decode() == text
+    back = re.sub(
+        rb"\\(\\|x[0-9a-f]{2}|U[0-9a-f]{8})",
+        lambda found: (
+            b"\\"
+            if found[1] == b"\\"
+            else bytes([int(found[1][1:], 16)])
+            if found[1].startswith(b"x")
+            else chr(int(found[1][1:], 16)).encode()
+        ),
+        text.encode(),
+    )
+    assert back == os.fsencode(name)
 
 
 # ---- the field of view

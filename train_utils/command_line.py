@@ -132,4 +132,5 @@ def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namesp
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # 128 and the number of the signal, as shells say it

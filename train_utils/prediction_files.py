@@ -1,16 +1,13 @@
-"""The output files of predict.py: their names, the pictures and the table."""
+"""The output files of predict.py: their names, the pictures, and what is told of each photograph."""
 
 import argparse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torchvision.utils import draw_segmentation_masks
 
 from src import Segmentation
 from src.photograph import IMAGE_SUFFIXES
@@ -18,14 +15,12 @@ from src.photograph import IMAGE_SUFFIXES
 from .command_line import UsageError
 from .files import replace_whole
 from .prediction_report import REPORT, THUMBNAILS, thumbnail_paths, write_thumbnails
+from .prediction_table import TABLE
 
-TABLE = "predictions.csv"
-COLUMNS = (
-    *("file", "width", "height", "field_of_view_diameter", "scale", "vessel_share", "reliability", "warning"),
-    "seconds",
-)
 COMPRESSION = 3  # of PNG: an overlay takes a third of the time of Pillow's 6, and is 11 % larger
-OVERLAY_COLOUR = (0, 255, 255)  # cyan, which does not occur in a retina
+OPACITY = 0.6  # of the vessels in an overlay
+# The colours of the classes, again and again; cyan does not occur in a retina.
+COLOURS = np.array([(0, 255, 255), (255, 255, 0), (255, 0, 255), (0, 255, 0)])
 
 
 @dataclass(frozen=True)
@@ -105,6 +100,13 @@ def beside(mask: Path, kind: str) -> Path:
     return mask.with_name(f"{mask.stem.removesuffix('_vessels')}_{kind}.png")
 
 
+def picture_paths(mask: Path, args: argparse.Namespace) -> list[Path]:
+    """The files that `write_pictures` writes."""
+    kinds = {"probability": args.save_prob, "overlay": args.overlay}
+    thumbnails = thumbnail_paths(mask) if args.report else ()
+    return [mask, *(beside(mask, kind) for kind, asked in kinds.items() if asked), *thumbnails]
+
+
 def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace) -> None:
     """Write the mask, and with --save-prob, --overlay and --report the other pictures beside it."""
     two_classes = len(prediction.probabilities) == 1
@@ -124,24 +126,18 @@ def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace)
 
 def draw_overlay(prediction: Prediction) -> np.ndarray:
     """The photograph with the vessels drawn in, one colour per class: uint8 [H, W, 3]."""
-    classes = len(prediction.probabilities)
-    overlay, vessels = prediction.photograph.copy(), prediction.labels > 0
-    if vessels.any():  # the other pixels stay, and they are many
-        labels = torch.from_numpy(prediction.labels[vessels])
-        masks = labels == torch.arange(1, classes + 1, dtype=torch.uint8)[:, None]  # [C - 1, pixels]
-        pixels = torch.from_numpy(overlay[vessels]).T  # [3, pixels]
-        colours = [OVERLAY_COLOUR] if classes == 1 else None
-        drawn = draw_segmentation_masks(pixels[:, None], masks[:, None], alpha=0.6, colors=colours)  # [3, 1, pixels]
-        overlay[vessels] = drawn[:, 0].T.numpy()
+    overlay, vessels = prediction.photograph.copy(), prediction.vessels
+    colours = COLOURS[(prediction.labels[vessels] - 1) % len(COLOURS)]  # [pixels, 3]; the other pixels stay
+    overlay[vessels] = (1 - OPACITY) * overlay[vessels] + OPACITY * colours
     return overlay
 
 
-def table_row(prediction: Prediction, seconds: float) -> dict[str, Any]:
+def facts(prediction: Prediction, seconds: float) -> dict[str, str]:
+    """What the table tells of a prediction."""
     height, width = prediction.labels.shape
     return {
-        "file": prediction.path,
-        "width": width,
-        "height": height,
+        "width": str(width),
+        "height": str(height),
         "field_of_view_diameter": f"{prediction.diameter:g}",
         "scale": f"{prediction.scale:.4g}",
         "vessel_share": f"{prediction.vessel_share:.5f}",

@@ -1,0 +1,47 @@
+import threading
+import time
+
+import pytest
+
+from train_utils.in_order import in_order
+
+
+def test_the_order_stays_and_two_are_worked_on_at_once():
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    def work(seconds):
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(seconds)
+        with lock:
+            at_once -= 1
+        return seconds
+
+    items = [0.2, 0.0, 0.1, 0.0, 0.05]
+    assert list(in_order(work, items)) == items
+    assert most == 2
+    assert list(in_order(work, [])) == []
+
+
+def test_items_are_taken_one_ahead():
+    taken = []
+
+    def items():
+        for item in range(6):
+            taken.append(item)
+            yield item
+
+    results = in_order(lambda item: item, items())
+    assert next(results) == 0 and len(taken) == 2
+    assert next(results) == 1 and len(taken) == 3
+    results.close()
+    assert len(taken) == 3
+
+
+def test_an_error_comes_in_its_place():
+    results = in_order(lambda item: 1 / item, [1, 0, 2])
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)

@@ -1,0 +1,121 @@
+"""The table predictions.csv of predict.py: a row for each photograph, from which a later run goes on."""
+
+import csv
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from .command_line import UsageError
+from .files import OutputError, write_csv
+
+TABLE = "predictions.csv"
+# What is told of a photograph; and what a later run compares: the digests of the photograph and of all that its mask
+# depends on besides.
+FACTS = ("width", "height", "field_of_view_diameter", "scale", "vessel_share", "reliability", "warning", "seconds")
+COLUMNS = ("file", "mask", *FACTS, "error", "photograph_digest", "settings_digest")
+SYNC_SECONDS = 1.0  # at most this much of the table is lost with the power
+
+Row = Mapping[str, str]
+
+
+class PredictionTable:
+    """The rows of a folder of masks. Each is on the disk as soon as it is added.
+
+    A run that is stopped leaves the rows that it wrote, and those of earlier runs. To be used in a `with` statement,
+    whose end brings the rows into order.
+
+    Args:
+        path: of the table; None: there is none, and nothing is kept.
+
+    Raises:
+        UsageError: something else stands there.
+        OutputError: it cannot be written.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: dict[str, Row] = {}
+        if path is None:
+            return
+        self.rows = {row["mask"] or row["file"]: row for row in _read(path)}
+        self._write_all()  # without the half of a line that a killed run may have left
+        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> "PredictionTable":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self.path is not None:
+            self._file.close()
+            self._write_all()
+
+    def former(self, mask: Path) -> Row | None:
+        """The row of a mask in this folder."""
+        return self.rows.get(escaped(Path(mask.name)))
+
+    def add(self, row: Row) -> None:
+        """Append a row; it replaces an earlier one of the same mask, or without a mask of the same file.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        name = row["mask"] or row["file"]
+        self.rows.pop(name, None)
+        self.rows[name] = row
+        if self.path is None:
+            return
+        try:
+            self._writer.writerow(row)
+            self._file.flush()
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+
+    def _write_all(self) -> None:
+        write_csv(self.path, COLUMNS, self.rows.values())
+
+
+def _read(path: Path) -> list[Row]:
+    """The whole rows of a table; none of one that an earlier version wrote, which lacks columns."""
+    try:
+        text = path.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read ({error.strerror or error}); choose another --output") from error
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    header = next(csv.reader(lines[:1]), [])
+    if text and (header[:1] != ["file"] or not set(header) <= set(COLUMNS)):
+        raise UsageError(f"--output {path.parent}: {path.name} there is not of predict.py; choose another folder")
+    rows = list(csv.DictReader(lines)) if header == list(COLUMNS) else []
+    return [row for row in rows if None not in row and None not in row.values()]
+
+
+def escaped(path: Path) -> str:
+    r"""A path in one line of printable UTF-8. Its bytes can be had again: `\\` is a backslash, `\xff` a byte."""
+    return printable(os.fsencode(path.as_posix()).replace(b"\\", b"\\\\").decode(errors="backslashreplace"))
+
+
+def printable(text: str) -> str:
+    r"""A text in one line of printable UTF-8: `\U0000000a` for a character that is none."""
+    return "".join(character if character.isprintable() else rf"\U{ord(character):08x}" for character in text)
+
+
+def digest(*parts: bytes | Path) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of some bytes, and of the contents of files.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    together = hashlib.sha256()
+    for part in parts:
+        content = part.read_bytes() if isinstance(part, Path) else part
+        together.update(hashlib.sha256(content).digest())
+    return together.hexdigest()[:16]
