@@ -16,7 +16,7 @@ import train_multi_GPU
 from tests.conftest import SMALL_RUN
 from tests.processes import PROJECT, in_processes, torchrun
 from train_utils import distributed_utils, fit, load_checkpoint
-from train_utils.command_line import UsageError, run_script
+from train_utils.command_line import UsageError, run_script, select_device
 from train_utils.data_loading import evaluation_loader, open_datasets
 from train_utils.distributed_utils import DistributedError, init_distributed_mode
 from train_utils.settings import settle
@@ -156,6 +156,59 @@ def test_variables_of_slurm(joined, monkeypatch):
     monkeypatch.setenv("SLURM_NNODES", "2")
     with pytest.raises(DistributedError, match="MASTER_ADDR is not set; .*export MASTER_ADDR"):
         init_distributed_mode(distributed_args())
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretend that there are GPUs: set their number in `count`; `current` holds what became the current one."""
+    pretended = argparse.Namespace(count=1, current=[])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pretended.count)
+    monkeypatch.setattr(torch.cuda, "set_device", pretended.current.append)
+    return pretended
+
+
+def test_slurm_with_one_visible_gpu_for_each_task(joined, gpus, monkeypatch):
+    for name, value in {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    args = distributed_args(device="cuda")
+    init_distributed_mode(args)
+    assert (args.rank, args.gpu, args.dist_backend, gpus.current) == (3, 0, "nccl", [0])
+    gpus.count = 4
+    init_distributed_mode(args)
+    assert (args.rank, args.gpu, gpus.current) == (3, 1, [0, 1])
+
+
+@pytest.mark.parametrize(
+    "variables, flag",
+    [
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "2"}, "--ntasks-per-node"),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}, "--nproc_per_node"),
+    ],
+)
+def test_fewer_gpus_than_processes(variables, flag, joined, gpus, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    gpus.count = 2
+    with pytest.raises(SystemExit):
+        run_script(init_distributed_mode, distributed_args(device="cuda"))
+    # Local process 0 has a GPU and raises nothing: the first process without one must tell it.
+    assert f"{flag}: local process 2 has no GPU, there are 2; start as many" in capsys.readouterr().err
+
+
+def test_one_gpu_for_all_processes(joined, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DistributedError, match="--device cuda:0: is one GPU for all .* use --device cuda"):
+        init_distributed_mode(distributed_args(device="cuda:0"))
+    assert not joined
+
+
+def test_the_named_gpu_is_the_current_one(gpus, monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device: None)
+    for name, index, expected in (("cuda:1", 0, 1), ("cuda", 2, 2)):
+        device = select_device(name, index)
+        assert device == gpus.current[-1] == torch.device("cuda", expected)
 
 
 def test_processes_that_cannot_meet(monkeypatch, joined):
