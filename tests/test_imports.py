@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import train_utils
+
 PROJECT = Path(__file__).parents[1]
 SCRIPTS = {"train", "train_multi_GPU", "predict", "compute_mean_std"}
 ROOMS = {  # where no file may import these
@@ -62,3 +64,12 @@ def test_no_circles(room):
     while leaves := {module for module, needed in graph.items() if not needed & graph.keys()}:
         graph = {module: needed for module, needed in graph.items() if module not in leaves}
     assert not graph, f"import each other: {sorted(graph)}"
+
+
+def test_metrics_are_found_where_the_tutorial_has_them():
+    from train_utils import distributed_utils
+    from train_utils.distributed_utils import ConfusionMatrix, DiceCoefficient, MetricLogger, SmoothedValue
+
+    assert ConfusionMatrix is train_utils.ConfusionMatrix and DiceCoefficient is train_utils.DiceCoefficient
+    assert MetricLogger is train_utils.MetricLogger and SmoothedValue is train_utils.SmoothedValue
+    assert not hasattr(distributed_utils, "MetricLoggers")

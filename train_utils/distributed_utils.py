@@ -5,6 +5,7 @@ Everything here also works in a single process without a group.
 
 import argparse
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def on_main_process(function: Callable[..., Any], *args: Any) -> Any:
+def on_main_process(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function in the main process; every process returns its result or raises its error.
 
     If only the main process raised the error, the others would fail with a broken connection.
@@ -76,7 +77,7 @@ def on_main_process(function: Callable[..., Any], *args: Any) -> Any:
     result = error = None
     if is_main_process():
         try:
-            result = function(*args)
+            result = function(*args, **kwargs)
         except Exception as raised:
             error = raised
     result, error = broadcast_object((result, error))
@@ -199,3 +200,10 @@ def leave_distributed_mode() -> None:
     """Leave the process group after the work is done."""
     if is_dist_avail_and_initialized():
         dist.destroy_process_group()
+
+
+def __getattr__(name: str) -> Any:
+    # The tutorial's metrics are in this module too. Here they import it, so they are looked up when they are asked for.
+    if name in ("ConfusionMatrix", "DiceCoefficient", "MetricLogger", "SmoothedValue"):
+        return getattr(sys.modules[__package__], name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

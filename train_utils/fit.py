@@ -54,20 +54,18 @@ def fit(
         model = torch.compile(model)  # checkpoints and evaluation are of state.model
     on_main_process(make_output_folder, ".", "the working directory (for the results files)")
     _resume_or_pretrain(state, val_loaders, checkpoint)
-    saver, tensorboard = Saver(), None
+    saver = Saver()
     on_main_process(state.results.write, state.results.rows)
-    if is_main_process() and args.tensorboard:
-        tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch)
+    tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch) if args.tensorboard else None
 
     try:
         while state.epoch < args.epochs:
             row, confusion_matrix = _run_epoch(state, model, train_loader, val_loaders)
             improved = state.finish_epoch(row)
-            if is_main_process():
-                if confusion_matrix is not None:
-                    print(f"{confusion_matrix}\ndice coefficient: {row['dice']:.3f}", flush=True)
-                if tensorboard is not None:
-                    tensorboard.write(row)
+            if is_main_process() and confusion_matrix is not None:
+                print(f"{confusion_matrix}\ndice coefficient: {row['dice']:.3f}", flush=True)
+            if tensorboard is not None:
+                tensorboard.write(row)
             on_main_process(saver.save, state, improved)
             state.saved_in = str(Path(args.output_dir, LAST_MODEL))
         on_main_process(saver.wait)

@@ -125,10 +125,13 @@ def conclude_training(device: torch.device, args: argparse.Namespace, best_dice:
 
 
 def _report(measurement: Measurement, origin: Origin, args: argparse.Namespace) -> None:
-    if is_main_process():
-        report = make_report(measurement, origin)
-        write_report(report, measurement, Path(args.output_dir))
-        print(format_report(report, measurement), flush=True)
+    on_main_process(_write_and_print, measurement, origin, Path(args.output_dir))
+
+
+def _write_and_print(measurement: Measurement, origin: Origin, folder: Path) -> None:
+    report = make_report(measurement, origin)
+    write_report(report, measurement, folder)
+    print(format_report(report, measurement), flush=True)
 
 
 def _report_faults(photographs: DriveDataset) -> None:
@@ -204,8 +207,8 @@ def _settle_threshold(
     files, held_out = _files_for_threshold(checkpoint, args)
     trained_scale = checkpoint.get("trained_scale")
     value = best_threshold(model, _open(files, checkpoint), device, tta=tta, trained_scale=trained_scale)
-    if is_main_process():
-        add_to_checkpoint(checkpoint["path"], threshold=value, tta=tta)  # the threshold holds with these flips alone
+    # The threshold holds with these flips alone.
+    on_main_process(add_to_checkpoint, checkpoint["path"], threshold=value, tta=tta)
     return Threshold(value, f"auto: best Dice on {describe(files) if held_out else 'training'} photographs")
 
 
