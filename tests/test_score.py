@@ -477,6 +477,13 @@ def test_each_photograph_is_measured_once(shared_drive):
     assert dices == sorted(dices) and len(set(dices)) == 4
 
 
+def test_a_model_of_one_input_channel(shared_drive, working_directory, capsys):
+    model = create_model(base_c=4, in_channels=1)
+    save_checkpoint({"model": model.state_dict(), "model_args": model.model_args}, "grey.pth")
+    line = fails(capsys, "--data-path", str(shared_drive), "--resume", "grey.pth")
+    assert line.endswith("grey.pth: a model of 1 input channels; photographs have 3: give other weights")
+
+
 @pytest.mark.parametrize("tta", [False, True])
 def test_large_photographs_are_scored_in_tiles(tta, shared_drive, monkeypatch):
     sides = []

@@ -40,6 +40,7 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
         _require_compiler(device)
     _settle_split(args)
     if checkpoint is not None:  # a run goes on as it was, unless a flag says otherwise
+        args.resume = checkpoint["path"]  # that --resume auto found
         if args.base_size is None:
             args.base_size = checkpoint["args"].get("base_size")
         if args.fov_diameter is None and "selected_on" in checkpoint:  # the tutorial's files do not hold it
