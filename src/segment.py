@@ -3,7 +3,7 @@
 import itertools
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,7 +106,38 @@ def logits_of_size(logits: Tensor, size: Sequence[int]) -> Tensor:
     """
     if logits.shape[-2:] == tuple(size):
         return logits
-    return resize_probabilities(logits.double().softmax(dim=1), size).log()
+    return on_device_of(logits, resize_probabilities(in_float64(logits).softmax(dim=1), size).log())
+
+
+def in_float64(logits: Tensor) -> Tensor:
+    """In float64; where a device has none (MPS), on the CPU."""
+    return (logits.cpu() if logits.device.type == "mps" else logits).double()
+
+
+def on_device_of(logits: Tensor, values: Tensor) -> Tensor:
+    """`values` of `in_float64(logits)`; where these went to the CPU, as float32 on the device of the logits."""
+    return values if values.device == logits.device else values.float().to(logits.device)
+
+
+def logits_in_tiles(model: nn.Module, images: Tensor, amp_dtype: torch.dtype | None = None) -> Tensor:
+    """Logits [N, C, h, w] of normalised images [N, 3, h, w], which are cut into tiles where `segment` would do so.
+
+    Of blended tiles there are only probabilities; their logarithms are returned, as float32.
+    """
+    height, width = images.shape[-2:]
+    tile = _tile_for_memory(model, height, width, flips=1, batch_size=1)
+    if tile >= max(height, width):
+        with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            return model(images)["out"]
+
+    def probabilities(image: Tensor) -> Tensor:
+        return _blend(
+            model, lambda rows, columns: image[:, rows, columns], (height, width), tile, FLIPS[:1], 1, amp_dtype
+        )
+
+    others = torch.stack([probabilities(image) for image in images])  # of the classes other than the background
+    background = (1 - others.sum(dim=1, keepdim=True)).clamp(min=0)
+    return torch.cat([background, others], dim=1).log().float().to(images.device)
 
 
 @torch.inference_mode()
@@ -147,13 +178,17 @@ def segment(
     if tile is None:
         tile = _tile_for_memory(model, *photograph.shape[:2], len(turns), batch_size)
 
+    def crop(rows: slice, columns: slice) -> Tensor:
+        return normalise(photograph[rows, columns], mean, std)
+
     with _NETWORK:
-        probabilities = _blend(model, photograph, mean, std, tile, turns, batch_size, amp_dtype, votes)
+        probabilities = _blend(model, crop, photograph.shape[:2], tile, turns, batch_size, amp_dtype, votes)
     return resize_probabilities(probabilities[None], (height, width))[0]
 
 
 def _tile_for_memory(model: nn.Module, height: int, width: int, flips: int, batch_size: int) -> int:
-    channels = next(model.parameters()).shape[0]  # of the first convolution
+    # Of the first convolution.
+    channels = next((weight.shape[0] for weight in model.parameters() if weight.ndim == 4), 1)
     pixel = BYTES_PER_PIXEL_AND_CHANNEL * channels
     if min(flips, batch_size) * height * width * pixel <= LARGEST_WHOLE:
         return max(height, width)
@@ -162,26 +197,24 @@ def _tile_for_memory(model: nn.Module, height: int, width: int, flips: int, batc
 
 def _blend(
     model: nn.Module,
-    photograph: np.ndarray,
-    mean: Sequence[float],
-    std: Sequence[float],
+    crop: Callable[[slice, slice], Tensor],
+    size: Sequence[int],
     tile: int,
     turns: Sequence[tuple[int, ...]],
     batch_size: int,
     amp_dtype: torch.dtype | None,
-    votes: Votes | None,
+    votes: Votes | None = None,
 ) -> Tensor:
-    rows, columns = (_overlapping_spans(length, tile) for length in photograph.shape[:2])
+    """Probabilities float64 [C - 1, H, W] of an image of `size` (H, W), whose normalised parts `crop` gives."""
+    rows, columns = (_overlapping_spans(length, tile) for length in size)
     blended = None
     if votes is not None:
-        votes.count = torch.zeros(photograph.shape[:2])
+        votes.count = torch.zeros(*size)
     for views in _batches(rows, columns, turns, batch_size):
-        images = [
-            normalise(photograph[rows[row][0], columns[column][0]], mean, std).flip(flip) for row, column, flip in views
-        ]
+        images = [crop(rows[row][0], columns[column][0]).flip(flip) for row, column, flip in views]
         probabilities = _forward(model, torch.stack(images), amp_dtype)  # [N, C - 1, h, w]
         if blended is None:
-            blended = probabilities.new_zeros(probabilities.shape[1], *photograph.shape[:2])
+            blended = probabilities.new_zeros(probabilities.shape[1], *size)
         for (row, column, flip), probability in zip(views, probabilities, strict=True):
             (vertical, row_weight), (horizontal, column_weight) = rows[row], columns[column]
             probability = probability.flip(flip)

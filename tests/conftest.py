@@ -35,9 +35,15 @@ def drive(shared_drive: Path, tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+def pytest_configure() -> None:
+    root = os.environ.get("DRIVE_ROOT")
+    if root and not Path(root, "DRIVE").is_dir():
+        raise pytest.UsageError(f"DRIVE_ROOT={root}: no folder DRIVE in it; name the folder that contains it, or none")
+
+
 @pytest.fixture
 def real_drive() -> Path:
-    if "DRIVE_ROOT" not in os.environ:
+    if not os.environ.get("DRIVE_ROOT"):  # unset, or set to nothing
         pytest.skip("DRIVE_ROOT does not name the folder that contains the real DRIVE")
     return Path(os.environ["DRIVE_ROOT"])
 

@@ -108,3 +108,12 @@ def test_every_name_of_train_utils_is_there():
     assert set(train_utils.__all__) <= set(dir(train_utils))
     with pytest.raises(ImportError):
         from train_utils import no_such_name  # noqa: F401
+
+
+def test_metrics_are_found_where_the_tutorial_has_them():
+    from train_utils import distributed_utils
+    from train_utils.distributed_utils import ConfusionMatrix, DiceCoefficient, MetricLogger, SmoothedValue
+
+    assert ConfusionMatrix is train_utils.ConfusionMatrix and DiceCoefficient is train_utils.DiceCoefficient
+    assert MetricLogger is train_utils.MetricLogger and SmoothedValue is train_utils.SmoothedValue
+    assert not hasattr(distributed_utils, "MetricLoggers")

@@ -15,7 +15,7 @@ from PIL import Image
 import train
 import train_multi_GPU
 from my_dataset import DriveDataset
-from src import create_model
+from src import create_model, segment
 from src.masks import read_binary_mask
 from tests.conftest import SMALL_RUN
 from tests.processes import in_processes
@@ -475,6 +475,37 @@ def test_each_photograph_is_measured_once(shared_drive):
     assert measurement.full_frame.counts.sum() == 4 * 80 * 72
     dices = [row.dice for row in measurement.worst]
     assert dices == sorted(dices) and len(set(dices)) == 4
+
+
+def test_a_model_of_one_input_channel(shared_drive, working_directory, capsys):
+    model = create_model(base_c=4, in_channels=1)
+    save_checkpoint({"model": model.state_dict(), "model_args": model.model_args}, "grey.pth")
+    line = fails(capsys, "--data-path", str(shared_drive), "--resume", "grey.pth")
+    assert line.endswith("grey.pth: a model of 1 input channels; photographs have 3: give other weights")
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_large_photographs_are_scored_in_tiles(tta, shared_drive, monkeypatch):
+    sides = []
+
+    class Watched(GreenModel):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1, 3, 1, 1))  # tells the device
+
+        def forward(self, image):
+            sides.append(max(image.shape[2:]))
+            return super().forward(image)
+
+    dataset = DriveDataset(shared_drive, False, get_transform(False, MEAN, STD))
+    whole = measure(Watched(), dataset, CPU, 0.5, tta=tta)
+    assert set(sides) == {80}
+    for limit, value in (("LARGEST_WHOLE", 1), ("LARGEST_TILES", 1), ("SMALLEST_TILE", 32)):
+        monkeypatch.setattr(segment, limit, value)
+    tiled = measure(Watched(), dataset, CPU, 0.5, tta=tta)
+    assert max(sides[-4:]) < 64
+    for one, other in zip(whole.photographs, tiled.photographs, strict=True):
+        assert one.model.field_of_view.dice == pytest.approx(other.model.field_of_view.dice, abs=1e-3)
 
 
 def test_three_classes_score_the_first(shared_drive):

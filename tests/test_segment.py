@@ -10,7 +10,8 @@ from torchvision.transforms.v2 import functional as F
 from my_dataset import DRIVE_MEAN, DRIVE_STD
 from src import create_model
 from src import segment as segment_module
-from src.segment import match_scale, normalise, segment, widening
+from src.segment import logits_in_tiles, logits_of_size, match_scale, normalise, segment, widening
+from train_utils.scoring.measure import _mean_over_flips
 from transforms import get_transform
 
 
@@ -217,6 +218,58 @@ def test_memory_decides_on_tiles(monkeypatch):
     model.shapes.clear()
     run(model, photograph)
     assert min(min(shape[2:]) for shape in model.shapes) >= 128
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
+def test_images_to_score_are_cut_where_photographs_are(monkeypatch, amp_dtype):
+    model, photograph = Pixelwise(classes=3), noise(300, 300)
+    images = torch.stack([normalise(photograph, DRIVE_MEAN, DRIVE_STD)] * 2)
+    monkeypatch.setattr(segment_module, "LARGEST_WHOLE", 300 * 300 * 3 * 43)
+    whole = logits_in_tiles(model, images, amp_dtype)
+    assert model.shapes == [(2, 3, 300, 300)]
+    with torch.autocast("cpu", dtype=amp_dtype, enabled=amp_dtype is not None):
+        assert torch.equal(whole, model(images)["out"])
+    monkeypatch.setattr(segment_module, "LARGEST_WHOLE", 300 * 300 * 3 * 43 - 1)
+    monkeypatch.setattr(segment_module, "LARGEST_TILES", 160 * 160 * 3 * 43)
+    model.shapes.clear()
+    tiled = logits_in_tiles(model, images, amp_dtype)
+    assert len(model.shapes) == 2 * 3 * 3 and all(shape[0] == 1 and max(shape) < 192 for shape in model.shapes)
+    assert tiled.dtype == torch.float32
+    torch.testing.assert_close(tiled.softmax(dim=1), whole.float().softmax(dim=1), atol=1e-6, rtol=1e-4)
+    expected = run(model, photograph, amp_dtype=amp_dtype)  # in the same tiles
+    torch.testing.assert_close(tiled.softmax(dim=1)[0, 1:].double(), expected, atol=1e-6, rtol=1e-4)
+
+
+class Echo(nn.Module):
+    def forward(self, image):
+        return {"out": image}
+
+
+class OnMPS(torch.Tensor):
+    """A tensor that says that it is on MPS, and has no float64 there."""
+
+    device = torch.device("mps")
+
+    def double(self):
+        raise TypeError("the MPS framework doesn't support float64")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_float64_where_a_device_has_none(monkeypatch):
+    def to(tensor, *arguments):
+        assert arguments == (OnMPS.device,) and tensor.dtype == torch.float32
+        return tensor.as_subclass(OnMPS)
+
+    logits = torch.randn(1, 2, 20, 24, generator=torch.Generator().manual_seed(0))
+    expected = logits_of_size(logits, (40, 48))
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    found = logits_of_size(logits.as_subclass(OnMPS), (40, 48))
+    assert isinstance(found, OnMPS) and torch.equal(found.cpu(), expected.float())
+    flipped = _mean_over_flips(Echo(), logits)
+    found = _mean_over_flips(Echo(), logits.as_subclass(OnMPS))
+    assert isinstance(found, OnMPS) and torch.equal(found.cpu(), flipped.float())
 
 
 @pytest.mark.gpu

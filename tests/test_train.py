@@ -16,6 +16,7 @@ from tests.conftest import SMALL_RUN
 from tests.test_checkpoint import save_as_the_tutorial
 from train_utils import fit, load_checkpoint
 from train_utils.command_line import run_script
+from train_utils.scoring.score import score_weights
 from train_utils.train_and_eval import NonFiniteLossError
 
 PROJECT = Path(train.__file__).parent
@@ -166,6 +167,46 @@ def test_a_nan_loss_saves_nothing(shared_drive, working_directory, monkeypatch, 
     message = fails(capsys, *flags)
     assert "became" in message and "--resume save_weights/last_model.pth" in message
     assert {path: path.read_bytes() for path in Path("save_weights").iterdir()} == before
+
+
+def test_out_of_memory_says_which_flags_to_lower(shared_drive, working_directory, monkeypatch, capsys):
+    run(shared_drive, "--epochs", "1")
+
+    def out_of_memory(*args, **kwargs):
+        torch.empty(2**50, dtype=torch.uint8)
+
+    monkeypatch.setattr(fit, "train_one_epoch", out_of_memory)
+    line = fails(capsys, "--data-path", str(shared_drive), "--epochs", "2", "--resume", "auto")
+    advice = "lower --batch-size 4 or --crop-size 48, or add --amp; the last whole state is in save_weights"
+    assert advice in line and "--resume save_weights/last_model.pth" in line
+    monkeypatch.undo()
+    monkeypatch.chdir(working_directory)
+    monkeypatch.setitem(score_weights.__globals__, "measure", out_of_memory)
+    flags = "--data-path", str(shared_drive), "--test-only", "--resume", "save_weights/last_model.pth"
+    assert "name fewer or smaller photographs by --data-path" in fails(capsys, *flags)
+
+
+@pytest.mark.parametrize("epochs", [8, 9])  # with 8 there is nothing left to train
+def test_weights_of_the_tutorial_that_stay_the_best(epochs, shared_drive, working_directory, monkeypatch, capsys):
+    save_as_the_tutorial("tutorial.pth", train.create_model(base_c=4))
+    evaluations(monkeypatch, 0.9, 0.5)  # the file itself, then the epoch after it
+    run(shared_drive, "--epochs", str(epochs), "--resume", "tutorial.pth", "--output-dir", "sw2")
+    output = capsys.readouterr().out
+    last = "; those of the last epoch are in sw2" if epochs == 9 else ""
+    assert output.endswith(f"best Dice 0.900; the best weights are still those of tutorial.pth{last}\n")
+    assert not Path("sw2/best_model.pth").exists() and "scores of tutorial.pth" in output
+
+
+def test_best_weights_in_the_folder_of_an_earlier_run(shared_drive, working_directory, monkeypatch, capsys):
+    evaluations(monkeypatch, 0.999, 0.5, 0.6)
+    run(shared_drive, "--epochs", "2", "--output-dir", "earlier")
+    run(shared_drive, "--epochs", "3", "--output-dir", "later", "--resume", "earlier/last_model.pth")
+    output = capsys.readouterr().out
+    assert "later/best_model.pth: not written by this run\n" in output and "scores of later" not in output
+    assert output.endswith(
+        "best Dice 0.999; the best weights are of an epoch before earlier/last_model.pth; those of the last epoch are "
+        "in later\n"
+    )
 
 
 def test_weights_that_overflow_in_the_last_step_are_not_saved(shared_drive, working_directory, monkeypatch):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from my_dataset import DRIVE_MEAN, DRIVE_STD, DriveDataset
-from src import create_model
+from src import create_model, segment
 from tests.reference import loop_criterion, loop_dice
 from train_utils import create_lr_scheduler, evaluate, train_one_epoch
 from train_utils.synthetic_drive import write_synthetic_drive
@@ -177,6 +177,24 @@ def test_evaluate_is_the_mean_over_photographs(capsys):
     assert dice == pytest.approx(sum(expected) / 3, abs=1e-6)
     assert confusion_matrix.mat.tolist() == counts
     assert not model.training
+
+
+def test_large_photographs_are_evaluated_in_tiles(monkeypatch):
+    torch.manual_seed(0)
+    model = create_model(base_c=4)
+    loader = batches(2, size=(200, 260))
+    whole = evaluate(model, loader, CPU, 2)
+    monkeypatch.setattr(segment, "LARGEST_WHOLE", 200 * 260 * 4 * 43 - 1)
+    monkeypatch.setattr(segment, "LARGEST_TILES", 128 * 128 * 4 * 43)
+    sides = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: sides.append(max(inputs[0].shape[2:])) if isinstance(module, type(model)) else None
+    )
+    tiled = evaluate(model, loader, CPU, 2)
+    hook.remove()
+    assert len(sides) > 2 and max(sides) < 160
+    assert tiled[0].mat.sum() == whole[0].mat.sum()
+    assert tiled[1] == pytest.approx(whole[1], abs=0.05)
 
 
 def test_overfits_one_photograph(tmp_path):

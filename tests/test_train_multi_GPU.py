@@ -3,6 +3,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,13 +14,18 @@ from torch.distributed import HashStore
 
 import train
 import train_multi_GPU
+from my_dataset import DriveDataset
 from tests.conftest import SMALL_RUN
 from tests.processes import PROJECT, in_processes, torchrun
-from train_utils import distributed_utils, fit, load_checkpoint
-from train_utils.command_line import UsageError, run_script
+from train_utils import distributed_utils, fit, load_checkpoint, save_checkpoint, settings
+from train_utils.command_line import UsageError, run_script, select_device
 from train_utils.data_loading import evaluation_loader, open_datasets
 from train_utils.distributed_utils import DistributedError, init_distributed_mode
+from train_utils.files import OutputError
+from train_utils.scoring.score import score_weights
 from train_utils.settings import settle
+from train_utils.tensorboard_log import TensorBoardLog
+from train_utils.training_state import TrainingState
 
 SCRIPT = PROJECT / "train_multi_GPU.py"
 SMALL = [*SMALL_RUN, "-j", "0"]
@@ -92,6 +98,74 @@ def test_an_error_of_the_main_process_alone_is_one_line_in_all(shared_drive, tmp
     assert "Traceback" not in "".join(printed)
 
 
+def outcome(function, *arguments):
+    """The function's result; of an error its kind and its first line."""
+    try:
+        return repr(function(*arguments))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def decide_together(meeting_point, data):
+    """In each process, what it decides: rank 0 alone lacks tensorboard, rank 1 alone lacks memory and a compiler."""
+    args = parse(data, "--dist-url", meeting_point, "--threshold", "auto")
+    init_distributed_mode(args)
+    cpu, last = torch.device("cpu"), args.rank == 1
+    settings._photographs_fit = lambda *arguments: not last
+    settings._channels_last_is_faster = lambda *arguments: last
+    settings._why_not_to_compile = lambda device: "no compiler" if last else None
+    settle(args, argparse.Namespace(type="cuda"))
+    print(args.device_data, args.workers, args.channels_last)
+    args.compile = True
+    print(outcome(settle, args, cpu))
+
+    def out_of_memory(self, device):
+        raise torch.OutOfMemoryError
+
+    args.device_data, to = True, DriveDataset.to
+    DriveDataset.to = out_of_memory if last else to
+    print(outcome(open_datasets, args, cpu))
+
+    if not last:
+        sys.modules["torch.utils.tensorboard"] = None  # importing it now fails
+    print(outcome(TensorBoardLog, "logs", 0))
+
+    args.compile = args.device_data = False
+    torch.manual_seed(0)
+    train_data, _ = open_datasets(args, cpu)
+    state = TrainingState(train.create_model(base_c=4), cpu, 1, args, train_data.files)
+    if not last:
+        save_checkpoint(state.checkpoint() | {"validated_on": []}, "weights.pth")
+    args.output_dir = "missing/folder"
+    print(outcome(score_weights, "weights.pth", cpu, args))  # adds the threshold, then cannot write the scores
+    if not last:
+        print("threshold" in load_checkpoint("weights.pth"))
+
+        def full_disk(*arguments, **kwargs):
+            raise OutputError("weights.pth: cannot be written (No space left on device)")
+
+        sys.modules[score_weights.__module__].add_to_checkpoint = full_disk
+    print(outcome(score_weights, "weights.pth", cpu, args))
+
+
+def test_what_one_process_finds_all_know(shared_drive, tmp_path):
+    printed = in_processes(decide_together, 2, tmp_path, f"file://{tmp_path}/meet", shared_drive)
+    expected = [
+        "False 0 False",
+        "UsageError: --compile: torch.compile does not work here (no compiler); train without it",
+        "UsageError: --device-data: the photographs do not fit into the GPU's memory; leave it out",
+        "UsageError: --tensorboard: the package tensorboard is missing; run: pip install tensorboard",
+        "OutputError: missing/folder/scores.json: cannot be written",
+        "OutputError: weights.pth: cannot be written (No space left on device)",
+    ]
+    for rank, lines in enumerate(text.splitlines() for text in printed):
+        found = [line for line in lines if line.startswith(("False", "UsageError", "OutputError"))]
+        assert len(found) == len(expected), printed[rank]
+        for line, begin in zip(found, expected, strict=True):
+            assert line.startswith(begin), rank
+    assert "True" in printed[0].splitlines()
+
+
 def test_sync_bn_without_a_gpu(shared_drive, working_directory):
     with pytest.raises(UsageError, match="--sync-bn: .*GPUs alone"):
         train_multi_GPU.main(parse(shared_drive, "--sync-bn"))
@@ -156,6 +230,59 @@ def test_variables_of_slurm(joined, monkeypatch):
     monkeypatch.setenv("SLURM_NNODES", "2")
     with pytest.raises(DistributedError, match="MASTER_ADDR is not set; .*export MASTER_ADDR"):
         init_distributed_mode(distributed_args())
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretend that there are GPUs: set their number in `count`; `current` holds what became the current one."""
+    pretended = argparse.Namespace(count=1, current=[])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pretended.count)
+    monkeypatch.setattr(torch.cuda, "set_device", pretended.current.append)
+    return pretended
+
+
+def test_slurm_with_one_visible_gpu_for_each_task(joined, gpus, monkeypatch):
+    for name, value in {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    args = distributed_args(device="cuda")
+    init_distributed_mode(args)
+    assert (args.rank, args.gpu, args.dist_backend, gpus.current) == (3, 0, "nccl", [0])
+    gpus.count = 4
+    init_distributed_mode(args)
+    assert (args.rank, args.gpu, gpus.current) == (3, 1, [0, 1])
+
+
+@pytest.mark.parametrize(
+    "variables, flag",
+    [
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "2"}, "--ntasks-per-node"),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}, "--nproc_per_node"),
+    ],
+)
+def test_fewer_gpus_than_processes(variables, flag, joined, gpus, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    gpus.count = 2
+    with pytest.raises(SystemExit):
+        run_script(init_distributed_mode, distributed_args(device="cuda"))
+    # Local process 0 has a GPU and raises nothing: the first process without one must tell it.
+    assert f"{flag}: local process 2 has no GPU, there are 2; start as many" in capsys.readouterr().err
+
+
+def test_one_gpu_for_all_processes(joined, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DistributedError, match="--device cuda:0: is one GPU for all .* use --device cuda"):
+        init_distributed_mode(distributed_args(device="cuda:0"))
+    assert not joined
+
+
+def test_the_named_gpu_is_the_current_one(gpus, monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device: None)
+    for name, index, expected in (("cuda:1", 0, 1), ("cuda", 2, 2)):
+        device = select_device(name, index)
+        assert device == gpus.current[-1] == torch.device("cuda", expected)
 
 
 def test_processes_that_cannot_meet(monkeypatch, joined):

@@ -152,3 +152,56 @@ def test_what_goes_unreported_are_flags():
     assert set(args) >= UNREPORTED - of_the_process_group
     numbers = {"seed", "lr", "batch_size", "epochs", "crop_size", "amp", "val_split", "world_size", "normalization"}
     assert not UNREPORTED & numbers
+
+
+@pytest.fixture
+def memory_is_nan():
+    """What torch allocates without a value is NaN, not by chance zero."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def fused_step(state, overflow):
+    """A step of the CPU's fused kernel, with gradients that -0.0 is one of."""
+    state.optimizer.found_inf = torch.tensor(float(overflow))  # as the loss scaler tells it
+    for parameter in state.model.parameters():
+        parameter.grad = torch.linspace(-1, 1, parameter.numel()).view_as(parameter).clone()
+        parameter.grad.view(-1)[0] = -0.0
+    state.optimizer.step()
+
+
+def bits(state):
+    tensors = [*state.model.parameters(), *(values["momentum_buffer"] for values in state.optimizer.state.values())]
+    return [tensor.detach().view(torch.int32).tolist() for tensor in tensors]
+
+
+@pytest.mark.parametrize("start", ["afresh", "from a run without momentum"])
+def test_momentum_after_an_overflow_in_the_first_step(start, monkeypatch, memory_is_nan):
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)  # the fused kernel is used as on a GPU
+    states = []
+    for overflows in ([True, False], [False]):
+        torch.manual_seed(0)
+        state = new_state("--wd", "0")
+        if start != "afresh":
+            earlier = new_state("--wd", "0", "--momentum", "0")
+            fused_step(earlier, overflow=False)
+            state.restore(as_loaded(earlier))
+        for overflow in overflows:
+            fused_step(state, overflow)
+        states.append(state)
+    assert bits(states[0]) == bits(states[1])  # the overflowed step left nothing
+
+
+def test_momentum_starts_as_torch_starts_it(monkeypatch):
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
+    states = []
+    for own_start in (True, False):
+        torch.manual_seed(0)
+        state = new_state("--wd", "0")
+        if not own_start:
+            state.optimizer.state.clear()
+        for _ in range(2):
+            fused_step(state, overflow=False)
+        states.append(state)
+    assert bits(states[0]) == bits(states[1])

@@ -99,7 +99,7 @@ def add_switch(parser: argparse.ArgumentParser, *names: str, default: bool | Non
 
 
 def select_device(name: str, index: int = 0) -> torch.device:
-    """The device that `--device` names; for cuda without a GPU, the CPU.
+    """The device that `--device` names; for cuda without a GPU, the CPU. A GPU becomes the current one of torch.cuda.
 
     Args:
         name: as `torch.device` takes it.
@@ -114,6 +114,7 @@ def select_device(name: str, index: int = 0) -> torch.device:
             if not torch.cuda.is_available():
                 return torch.device("cpu")
             device = torch.device("cuda", index if device.index is None else device.index)
+            torch.cuda.set_device(device)  # pinned memory, and `max mem`, are those of the current GPU
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -127,8 +128,7 @@ def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namesp
     try:
         main(args)
     except UserError as error:
-        # All processes of a machine raise the same error; only the first one prints it.
-        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        if error.alone or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

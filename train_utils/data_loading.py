@@ -5,6 +5,7 @@ what makes a resumed run end in the same weights as an undisturbed one.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
@@ -22,7 +23,7 @@ from src.colours import Normalization, prepare
 from transforms import get_transform
 
 from .command_line import UsageError
-from .distributed_utils import get_rank, get_world_size, is_main_process
+from .distributed_utils import gather_objects, get_rank, get_world_size, is_main_process
 from .settings import evaluation_pixels, fold, roots
 
 
@@ -55,10 +56,7 @@ def open_datasets(args: argparse.Namespace, device: torch.device) -> tuple[Drive
             **reading(normalization, args.fov_diameter, args.num_classes),
         )
         data.require_classes(args.num_classes)
-        try:
-            datasets.append(data.to(device) if args.device_data else data)
-        except torch.OutOfMemoryError as error:
-            raise UsageError("--device-data: the photographs do not fit into the GPU's memory; leave it out") from error
+        datasets.append(_on_device(data, device) if args.device_data else data)
     without = [item for data in datasets for item in data.files if item.roi_mask is None]
     if without and is_main_process():
         print(
@@ -66,6 +64,15 @@ def open_datasets(args: argparse.Namespace, device: torch.device) -> tuple[Drive
             f"{', ...' if len(without) > 1 else ''}): their fields of view are found in the photographs"
         )
     return datasets[0], datasets[1]
+
+
+def _on_device(data: DriveDataset, device: torch.device) -> DriveDataset:
+    moved = None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        moved = data.to(device)
+    if not all(gather_objects(moved is not None)):
+        raise UsageError("--device-data: the photographs do not fit into the GPU's memory; leave it out")
+    return moved
 
 
 def make_loaders(

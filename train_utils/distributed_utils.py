@@ -5,6 +5,7 @@ Everything here also works in a single process without a group.
 
 import argparse
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def on_main_process(function: Callable[..., Any], *args: Any) -> Any:
+def on_main_process(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function in the main process; every process returns its result or raises its error.
 
     If only the main process raised the error, the others would fail with a broken connection.
@@ -76,7 +77,7 @@ def on_main_process(function: Callable[..., Any], *args: Any) -> Any:
     result = error = None
     if is_main_process():
         try:
-            result = function(*args)
+            result = function(*args, **kwargs)
         except Exception as raised:
             error = raised
     result, error = broadcast_object((result, error))
@@ -142,16 +143,19 @@ def _agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> str:
 def init_distributed_mode(args: argparse.Namespace) -> None:
     """Join the process group that torchrun or SLURM describes in the environment, if there is one.
 
-    Sets `args.rank`, `args.world_size`, `args.gpu` (the local rank), `args.distributed` and `args.dist_backend`: NCCL
-    where `args.device` is cuda and there is a GPU, else gloo.
+    Sets `args.rank`, `args.world_size`, `args.gpu` (the local rank; 0 where SLURM shows each task one GPU alone),
+    `args.distributed` and `args.dist_backend`: NCCL where `args.device` is cuda and there is a GPU, else gloo.
 
     Raises:
-        DistributedError: the environment asks for more processes than there are GPUs, or does not say where to meet.
+        DistributedError: the environment asks for more processes than there are GPUs, or does not say where to meet;
+            `args.device` names one GPU for all processes.
     """
+    slurm = False
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     elif "SLURM_PROCID" in os.environ:
         rank, world_size, local_rank = _slurm_rank(args)
+        slurm = True
     elif args.world_size > 1:
         raise DistributedError(
             f"--world-size {args.world_size}: started as a single process; "
@@ -160,17 +164,25 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
     else:
         rank, world_size, local_rank = 0, 1, 0
     use_cuda = args.device.startswith("cuda") and torch.cuda.is_available()
-    args.rank, args.world_size, args.gpu = rank, world_size, local_rank
-    args.dist_backend = "nccl" if use_cuda else "gloo"
     # torchrun with one process makes a group of one, so that NCCL can be tested on one GPU.
     args.distributed = world_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+    if args.distributed and args.device.startswith("cuda:"):
+        raise DistributedError(f"--device {args.device}: is one GPU for all processes; use --device cuda, a GPU each")
     if use_cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise DistributedError(
-                f"--nproc_per_node: local process {local_rank} has no GPU, there are {torch.cuda.device_count()}; "
-                "start as many processes as GPUs, or use --device cpu"
+        gpus = torch.cuda.device_count()
+        if slurm and gpus == 1:  # --gpus-per-task=1 hides the GPUs of the other tasks
+            local_rank = 0
+        if local_rank >= gpus:
+            error = DistributedError(
+                f"{'--ntasks-per-node' if slurm else '--nproc_per_node'}: local process {local_rank} has no GPU, there "
+                f"are {gpus}; start as many processes as GPUs, or use --device cpu"
             )
-        torch.cuda.set_device(local_rank)
+            error.alone = local_rank == gpus  # the first one without a GPU tells it
+            raise error
+        if args.distributed:
+            torch.cuda.set_device(local_rank)  # NCCL's
+    args.rank, args.world_size, args.gpu = rank, world_size, local_rank
+    args.dist_backend = "nccl" if use_cuda else "gloo"
     if args.distributed:
         try:
             store, rank, world_size = next(rendezvous(args.dist_url, rank, world_size))
@@ -188,3 +200,10 @@ def leave_distributed_mode() -> None:
     """Leave the process group after the work is done."""
     if is_dist_avail_and_initialized():
         dist.destroy_process_group()
+
+
+def __getattr__(name: str) -> Any:
+    # The tutorial's metrics are in this module too. Here they import it, so they are looked up when they are asked for.
+    if name in ("ConfusionMatrix", "DiceCoefficient", "MetricLogger", "SmoothedValue"):
+        return getattr(sys.modules[__package__], name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """The epochs of a run: train, evaluate, log, save."""
 
+import argparse
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from .checkpoint import LAST_MODEL, load_backbone_weights
 from .command_line import UsageError
 from .distributed_utils import broadcast_buffers, is_main_process, on_main_process
 from .files import make_output_folder
+from .memory import OutOfMemoryError, explain_out_of_memory
 from .mixed_precision import amp_dtype
 from .results import Row
 from .saver import Saver
@@ -45,6 +47,7 @@ def fit(
 
     Raises:
         NonFiniteLossError: the loss or the weights became NaN or infinite; the files of earlier epochs are kept.
+        OutOfMemoryError: memory is short; the files of earlier epochs are kept.
         UsageError, CheckpointError, BackboneWeightsError: `checkpoint`, `args.start_epoch` or
             `args.backbone_weights` cannot be used.
         OutputError: a file cannot be written.
@@ -54,20 +57,19 @@ def fit(
         model = torch.compile(model)  # checkpoints and evaluation are of state.model
     on_main_process(make_output_folder, ".", "the working directory (for the results files)")
     _resume_or_pretrain(state, val_loaders, checkpoint)
-    saver, tensorboard = Saver(), None
+    saver = Saver()
     on_main_process(state.results.write, state.results.rows)
-    if is_main_process() and args.tensorboard:
-        tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch)
+    tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch) if args.tensorboard else None
 
     try:
         while state.epoch < args.epochs:
-            row, confusion_matrix = _run_epoch(state, model, train_loader, val_loaders)
+            with explain_out_of_memory(_advice_on_memory(args)):
+                row, confusion_matrix = _run_epoch(state, model, train_loader, val_loaders)
             improved = state.finish_epoch(row)
-            if is_main_process():
-                if confusion_matrix is not None:
-                    print(f"{confusion_matrix}\ndice coefficient: {row['dice']:.3f}", flush=True)
-                if tensorboard is not None:
-                    tensorboard.write(row)
+            if is_main_process() and confusion_matrix is not None:
+                print(f"{confusion_matrix}\ndice coefficient: {row['dice']:.3f}", flush=True)
+            if tensorboard is not None:
+                tensorboard.write(row)
             on_main_process(saver.save, state, improved)
             state.saved_in = str(Path(args.output_dir, LAST_MODEL))
         on_main_process(saver.wait)
@@ -76,9 +78,9 @@ def fit(
         if is_main_process():
             print(f"interrupted in epoch {state.epoch}; {_where_to_resume(state)}")
         raise SystemExit(130) from None
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, OutOfMemoryError) as error:
         saver.wait()
-        raise NonFiniteLossError(f"{error}; {_where_to_resume(state)}") from error
+        raise type(error)(f"{error}; {_where_to_resume(state)}") from error
     return state.best_dice
 
 
@@ -147,7 +149,8 @@ def _resume_or_pretrain(
         if state.best_dice is None and val_loaders:
             # The tutorial's files store no Dice, and a Dice on other photographs cannot be compared. Without this
             # evaluation a worse epoch could replace a better one.
-            state.best_dice = _validate(state, val_loaders)[1]
+            with explain_out_of_memory(_advice_on_memory(args)):
+                state.best_dice = _validate(state, val_loaders)[1]
     elif state.epoch >= args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch}: leaves nothing of --epochs {args.epochs}; lower it")
     elif args.init_weights:
@@ -169,6 +172,11 @@ def _require_finite_weights(model: nn.Module, epoch: int) -> None:
     # Combined on the device: reading one result per tensor would wait for a GPU a hundred times.
     if not torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all():
         raise NonFiniteLossError(f"the weights became NaN or infinite at the end of epoch {epoch}; lower --lr")
+
+
+def _advice_on_memory(args: argparse.Namespace) -> str:
+    amp = "" if args.amp else ", or add --amp"
+    return f"lower --batch-size {args.batch_size} or --crop-size {args.crop_size}{amp}"
 
 
 def _where_to_resume(state: TrainingState) -> str:

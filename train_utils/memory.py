@@ -1,11 +1,44 @@
 """The memory allocation of the process."""
 
 import ctypes
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from src.errors import UserError
 
 # glibc's parameters, from malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
+
+# How the allocators of the CPU (also on Windows) and of MPS, and CUDA's libraries, say that memory is short.
+_SHORT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|ALLOC_FAILED")
+
+
+class OutOfMemoryError(UserError):
+    """The memory of the device, or of the machine, does not suffice; the message names flags that need less."""
+
+    alone = True
+
+
+@contextmanager
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Raise an OutOfMemoryError that gives this advice where memory is short.
+
+    Raises:
+        OutOfMemoryError: memory is short.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not _SHORT_OF_MEMORY.search(str(error)):
+            raise
+        asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+        found = f" (no {asked[1]} more)" if asked else ""
+        raise OutOfMemoryError(f"out of memory{found}: {advice}") from error
 
 
 def keep_freed_memory() -> None:

@@ -11,7 +11,7 @@ from src.photograph import image_size
 from src.weights import Checkpoint
 
 from .command_line import UsageError
-from .distributed_utils import is_main_process
+from .distributed_utils import broadcast_object, gather_objects, is_main_process
 from .flags import SHARE_FOR_PHOTOGRAPHS
 from .mixed_precision import settle_amp
 
@@ -35,11 +35,13 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
         raise UsageError(f"--init-weights {args.init_weights}: starts a new run from these weights; leave out {other}")
     settle_amp(args, device)
     if args.channels_last is None:
-        args.channels_last = _channels_last_is_faster(args, device)
+        # The processors of several machines may differ, but the model's copies may not.
+        args.channels_last = broadcast_object(_channels_last_is_faster(args, device))
     if args.compile:
         _require_compiler(device)
     _settle_split(args)
     if checkpoint is not None:  # a run goes on as it was, unless a flag says otherwise
+        args.resume = checkpoint["path"]  # that --resume auto found
         if args.base_size is None:
             args.base_size = checkpoint["args"].get("base_size")
         if args.fov_diameter is None and "selected_on" in checkpoint:  # the tutorial's files do not hold it
@@ -47,7 +49,7 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
     if args.fov_diameter is None:
         args.fov_diameter = working_diameter(split(args).divide(roots(args))[0])
     if args.device_data is None:
-        args.device_data = device.type == "cuda" and _photographs_fit(args, device)
+        args.device_data = all(gather_objects(device.type == "cuda" and _photographs_fit(args, device)))
     if args.device_data:
         args.workers = 0
     if args.tta is None and checkpoint is not None:
@@ -102,12 +104,18 @@ def _photographs_fit(args: argparse.Namespace, device: torch.device) -> bool:
 
 
 def _require_compiler(device: torch.device) -> None:
+    reasons = [reason for reason in gather_objects(_why_not_to_compile(device)) if reason]
+    if reasons:
+        raise UsageError(f"--compile: torch.compile does not work here ({reasons[0]}); train without it")
+
+
+def _why_not_to_compile(device: torch.device) -> str | None:
     # torch.compile needs Triton on a GPU and a C++ compiler on a CPU, and looks for them when it is first used.
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--compile: torch.compile does not work here ({reason}); train without it") from error
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
 
 
 # ---- what the settled flags mean

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from .command_line import UsageError
+from .distributed_utils import on_main_process
 from .results import Row, flatten_row
 
 
 class TensorBoardLog:
-    """Writes each row of a run below `folder`.
+    """The main process writes each row of a run below `folder`; an error that it meets is raised in all processes.
 
     A resumed run starts at `first_epoch` and discards the rows that the earlier run wrote from that epoch on.
 
@@ -16,6 +17,9 @@ class TensorBoardLog:
     """
 
     def __init__(self, folder: str | Path, first_epoch: int) -> None:
+        on_main_process(self._open, folder, first_epoch)
+
+    def _open(self, folder: str | Path, first_epoch: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -25,6 +29,9 @@ class TensorBoardLog:
         self.writer = SummaryWriter(str(Path(folder, "tensorboard")), purge_step=first_epoch)
 
     def write(self, row: Row) -> None:
+        on_main_process(self._write, row)
+
+    def _write(self, row: Row) -> None:
         for name, value in flatten_row(row).items():
             if name != "epoch":
                 self.writer.add_scalar(name, value, row["epoch"])

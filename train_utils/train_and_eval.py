@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from my_dataset import OUTSIDE
 from src.errors import UserError
 from src.inference import for_inference
-from src.segment import logits_of_size
+from src.segment import logits_in_tiles, logits_of_size
 
 from .dice_coefficient_loss import build_target, dice_loss, multiclass_dice_coeff
 from .distributed_utils import sum_over_processes
@@ -189,9 +189,7 @@ def evaluate(
     metric_logger = MetricLogger(delimiter="  ")
     for image, target in metric_logger.log_every(data_loader, 100, "Test:"):
         image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            logits = fast_model(image)["out"]
-        logits = logits_of_size(logits, target.shape[-2:])
+        logits = logits_of_size(logits_in_tiles(fast_model, image, amp_dtype), target.shape[-2:])
         confusion_matrix.update(target.flatten(), most_probable(logits).flatten())
         dice.update(logits, target, weight=len(image) if per_photograph else 1)
     confusion_matrix.reduce_from_all_processes()

@@ -65,6 +65,7 @@ class TrainingState:
         self.args = args
         self.averaged = _make_average(model, args.ema_decay)
         self.optimizer = _make_optimizer(model, args)
+        _start_momentum(self.optimizer)
         self.scaler = _make_scaler(args, device)
         self.epoch = args.start_epoch
         self.best_dice: float | None = -1.0  # the first epoch is always an improvement
@@ -190,6 +191,7 @@ class TrainingState:
         # `fused` must be set before loading: it decides on which device AdamW counts its steps.
         groups = [{**group, **settings} for group in saved["param_groups"]]
         self.optimizer.load_state_dict({**saved, "param_groups": groups})
+        _start_momentum(self.optimizer)
         # Fused kernels need the state in the memory format of its weight, but it was saved in that of the earlier run.
         for parameter, state in self.optimizer.state.items():
             for name, value in state.items():
@@ -229,6 +231,19 @@ def _make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     if args.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), **common)
     return torch.optim.SGD(model.parameters(), momentum=args.momentum, **common)
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give the parameters of a fused SGD the momentum that they do not have yet: zero.
+
+    Torch allocates it without a value in the first step. If that step overflows, the kernel writes nothing, and the
+    second step would read what happened to be in memory. (-0.0 + x is x, of x = -0.0 too.)
+    """
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]:
+            for parameter in group["params"]:
+                if optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, -0.0)
 
 
 def _make_average(model: nn.Module, decay: float) -> AveragedModel | None:

@@ -16,7 +16,7 @@ from my_dataset import OUTSIDE, VESSEL, DriveDataset, require_size
 from src.dataset_files import root_names
 from src.inference import for_inference
 from src.masks import read_binary_mask
-from src.segment import FLIPS, logits_of_size, widening
+from src.segment import FLIPS, in_float64, logits_in_tiles, logits_of_size, on_device_of, widening
 
 from ..data_loading import evaluation_loader
 from ..distributed_utils import gather_objects, get_rank, get_world_size
@@ -93,13 +93,14 @@ def _predictions(
     batches = MetricLogger(delimiter="  ").log_every(loader, 100, header)
     for index, (image, label) in zip(loader.sampler, batches, strict=True):
         image = image.to(device)
-        logits = _mean_over_flips(fast_model, image) if tta else fast_model(image)["out"]
+        logits = _mean_over_flips(fast_model, image) if tta else logits_in_tiles(fast_model, image)
         yield index, logits_of_size(logits, label.shape[-2:]), label.to(device)
 
 
 def _mean_over_flips(model: nn.Module, image: Tensor) -> Tensor:
-    probabilities = [model(image.flip(flip))["out"].double().softmax(dim=1).flip(flip) for flip in FLIPS]
-    return torch.stack(probabilities).mean(dim=0).log()
+    turned = (logits_in_tiles(model, image.flip(flip)) for flip in FLIPS)
+    probabilities = [in_float64(logits).softmax(dim=1).flip(flip) for logits, flip in zip(turned, FLIPS, strict=True)]
+    return on_device_of(image, torch.stack(probabilities).mean(dim=0).log())
 
 
 @torch.inference_mode()

@@ -19,13 +19,14 @@ from src.dataset_files import (
     training_photographs,
 )
 from src.errors import DatasetError
-from src.weights import Checkpoint, build_model, load_checkpoint, normalization_of
+from src.weights import Checkpoint, CheckpointError, build_model, load_checkpoint, normalization_of
 from transforms import get_transform
 
 from ..checkpoint import BEST_MODEL, LAST_MODEL, add_to_checkpoint
 from ..command_line import UsageError
 from ..data_loading import reading
 from ..distributed_utils import is_main_process, on_main_process
+from ..memory import explain_out_of_memory
 from ..settings import fold, roots
 from .curves import curves
 from .drawing import write_png
@@ -63,21 +64,26 @@ def score_weights(path: str | Path, device: torch.device, args: argparse.Namespa
     Raises:
         DatasetError: photographs or labels are missing, or nothing is left to score.
         CheckpointError: the weights cannot be used.
+        OutOfMemoryError: memory is short.
         train_utils.files.OutputError: a file cannot be written.
     """
     # The main process alone reads the file: the other machines of a run may not see it.
     checkpoint = on_main_process(_load_without_training_state, path)
-    model = build_model(checkpoint, device)
+    if (channels := checkpoint["model_args"].get("in_channels", 3)) != 3:
+        raise CheckpointError(f"{path}: a model of {channels} input channels; photographs have 3: give other weights")
     files = _files_to_score(args, checkpoint)
     tta = checkpoint.get("tta", False) if args.tta is None else args.tta
-    threshold = _settle_threshold(model, checkpoint, device, args, tta)
-    photographs = _open(files, checkpoint)
-    if model.model_args["num_classes"] > 2:  # of two classes, the scores say themselves what is undefined
-        photographs.require_classes(model.model_args["num_classes"] - 1)
-    _report_faults(photographs)
-    measurement = measure(
-        model, photographs, device, threshold.value, tta=tta, trained_scale=checkpoint.get("trained_scale")
-    )
+    smaller = "use --device cpu" if device.type != "cpu" else "name fewer or smaller photographs by --data-path"
+    with explain_out_of_memory(smaller):
+        model = build_model(checkpoint, device)
+        threshold = _settle_threshold(model, checkpoint, device, args, tta)
+        photographs = _open(files, checkpoint)
+        if model.model_args["num_classes"] > 2:  # of two classes, the scores say themselves what is undefined
+            photographs.require_classes(model.model_args["num_classes"] - 1)
+        _report_faults(photographs)
+        measurement = measure(
+            model, photographs, device, threshold.value, tta=tta, trained_scale=checkpoint.get("trained_scale")
+        )
     _report(measurement, Origin.of(checkpoint, threshold, tta), args)
 
 
@@ -115,20 +121,33 @@ def conclude_training(device: torch.device, args: argparse.Namespace, best_dice:
     Raises:
         As `score_weights`.
     """
+    best = None
     if not args.train_on_all:
-        best = on_main_process(_draw_curves_and_find_best, args)
+        best = on_main_process(_draw_curves_and_find_best, args, best_dice)
         if best is not None:
             score_weights(best, device, args)
     if is_main_process():
         outcome = "trained on all photographs" if args.train_on_all else f"best Dice {best_dice:.3f}"
-        print(f"{outcome}; the weights are in {args.output_dir}")
+        print(f"{outcome}; {_where_the_weights_are(best, args)}")
+
+
+def _where_the_weights_are(best: Path | None, args: argparse.Namespace) -> str:
+    folder = Path(args.output_dir)
+    if args.train_on_all or not args.resume or (best is not None and best.parent == folder):
+        return f"the weights are in {args.output_dir}"
+    which = f"are still those of {args.resume}" if best else f"are of an epoch before {args.resume}"
+    last = f"; those of the last epoch are in {args.output_dir}" if (folder / LAST_MODEL).exists() else ""
+    return f"the best weights {which}{last}"
 
 
 def _report(measurement: Measurement, origin: Origin, args: argparse.Namespace) -> None:
-    if is_main_process():
-        report = make_report(measurement, origin)
-        write_report(report, measurement, Path(args.output_dir))
-        print(format_report(report, measurement), flush=True)
+    on_main_process(_write_and_print, measurement, origin, Path(args.output_dir))
+
+
+def _write_and_print(measurement: Measurement, origin: Origin, folder: Path) -> None:
+    report = make_report(measurement, origin)
+    write_report(report, measurement, folder)
+    print(format_report(report, measurement), flush=True)
 
 
 def _report_faults(photographs: DriveDataset) -> None:
@@ -137,23 +156,31 @@ def _report_faults(photographs: DriveDataset) -> None:
             print(f"warning: left out of the second observer's scores: {fault}")
 
 
-def _draw_curves_and_find_best(args: argparse.Namespace) -> Path | None:
+def _draw_curves_and_find_best(args: argparse.Namespace, best_dice: float) -> Path | None:
     last = Path(args.output_dir, LAST_MODEL)
     checkpoint = load_checkpoint(last) if last.exists() else {}
-    if not (history := checkpoint.get("history")):
-        return None
-    write_png(curves(history, checkpoint.get("selected_on", "validation")), Path(args.output_dir, "curves.png"))
-    return _best_weights(history, args)
+    history = checkpoint.get("history", [])
+    if history:
+        write_png(curves(history, checkpoint.get("selected_on", "validation")), Path(args.output_dir, "curves.png"))
+    return _best_weights(history, args, best_dice)
 
 
-def _best_weights(history: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> Path | None:
-    """The file of the best weights, or None where this run wrote none."""
-    best_epoch = max(history, key=lambda row: row["dice"])["epoch"]
-    best = Path(args.output_dir, BEST_MODEL if args.save_best else f"model_{best_epoch}.pth")
-    if not best.exists():
-        print(f"{best}: not written by this run, so nothing is scored")
-        return None
-    return best
+def _best_weights(history: Sequence[Mapping[str, Any]], args: argparse.Namespace, best_dice: float) -> Path | None:
+    """The file of the best weights: of this run, or the one that it went on from; None where it is neither."""
+    best_row = max(history, key=lambda row: row["dice"], default=None)
+    if best_row is not None and best_row["dice"] >= best_dice:
+        best = Path(args.output_dir, BEST_MODEL if args.save_best else f"model_{best_row['epoch']}.pth")
+        if best.exists():
+            return best
+        print(f"{best}: not written by this run")
+    if args.resume and Path(args.resume).exists():
+        # The tutorial's files have no history; their Dice was found when the run began.
+        rows = load_checkpoint(args.resume).get("history")
+        if not rows or rows[-1]["dice"] >= best_dice:
+            return Path(args.resume)
+    if history:
+        print("the best weights were not found, so nothing is scored")
+    return None
 
 
 def _load_without_training_state(path: str | Path) -> Checkpoint:
@@ -204,8 +231,8 @@ def _settle_threshold(
     files, held_out = _files_for_threshold(checkpoint, args)
     trained_scale = checkpoint.get("trained_scale")
     value = best_threshold(model, _open(files, checkpoint), device, tta=tta, trained_scale=trained_scale)
-    if is_main_process():
-        add_to_checkpoint(checkpoint["path"], threshold=value, tta=tta)  # the threshold holds with these flips alone
+    # The threshold holds with these flips alone.
+    on_main_process(add_to_checkpoint, checkpoint["path"], threshold=value, tta=tta)
     return Threshold(value, f"auto: best Dice on {describe(files) if held_out else 'training'} photographs")
 
 
