@@ -8,6 +8,7 @@ import torch
 
 from my_dataset import DRIVE_MEAN, DRIVE_STD
 from src import ARCHITECTURES
+from src.colours import NORMALIZATIONS
 from src.weights import CheckpointError, load_checkpoint
 from transforms import AUGMENTATIONS
 
@@ -113,7 +114,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--normalization",
-        choices=["dataset", "photograph", "local"],
+        choices=list(NORMALIZATIONS),
         help="mean and standard deviation to normalise with. dataset: --mean and --std; photograph: those of each "
         "photograph; local: the same, after every pixel is divided by the mean of its surroundings. Stored with the "
         "weights",

@@ -213,7 +213,7 @@ def _files_for_threshold(checkpoint: Checkpoint, args: argparse.Namespace) -> tu
     """Training photographs to choose a threshold on, and whether they were held out."""
     if "trained_on" in checkpoint:
         files = [item for root in roots(args) for item in training_photographs(root)]
-        for digests, held_out in ((checkpoint["validated_on"], True), (checkpoint["trained_on"], False)):
+        for digests, held_out in ((checkpoint.get("validated_on", ()), True), (checkpoint["trained_on"], False)):
             if known := [item for item in files if item.digest in digests]:
                 return known, held_out
         raise UsageError(
