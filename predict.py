@@ -1,6 +1,7 @@
 """Segment the vessels of retinal photographs with trained weights."""
 
 import argparse
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +26,10 @@ from train_utils.command_line import (
 )
 from train_utils.export import export_onnx
 from train_utils.files import make_output_folder, write_csv
-from train_utils.flags import add_amp_flags
+from train_utils.flags import add_amp_flags, add_normalization_flags
 from train_utils.prediction_files import COLUMNS, Prediction, plan_outputs, progress_line, table_row, write_pictures
 from train_utils.prediction_report import REPORT, THUMBNAILS, write_report
-from train_utils.settings import amp_dtype, settle_amp
+from train_utils.settings import amp_dtype, settle_amp, settle_normalization
 
 TRAINED = Path("save_weights", "best_model.pth")
 
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
     args.weights = choose_weights(args.weights)
     print(f"weights: {args.weights}")
     if args.export:
-        export_onnx(args.weights, args.export)
+        export_onnx(args.weights, args.export, functools.partial(settle_normalization, args))
         print(f"{args.export}: the model of {args.weights} as ONNX")
         return
     photographs = list_photographs(args.image)
@@ -115,7 +116,9 @@ def choose_weights(weights: str | None) -> Path:
 
 
 def settle_by_checkpoint(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Check the flags against the model; read `--threshold auto` and a missing `--tta` from the checkpoint.
+    """Check the flags against the model; settle those that depend on the checkpoint.
+
+    `--threshold auto` and a missing `--tta` are read from it; `--mean`, `--std` and `--normalization` override it.
 
     Raises:
         UsageError: the model is not for colour photographs, or a flag needs a model of two classes.
@@ -126,6 +129,7 @@ def settle_by_checkpoint(args: argparse.Namespace, checkpoint: Checkpoint) -> No
         raise UsageError(f"--weights {args.weights}: a model of {channels} input channels; photographs have 3")
     if classes > 2 and args.threshold != 0.5:
         raise UsageError(f"--threshold: has no meaning for the {classes} classes of {args.weights}; leave it out")
+    settle_normalization(args, checkpoint)
     if args.tta is None:
         args.tta = checkpoint.get("tta", False)
     if args.threshold == "auto":
@@ -192,6 +196,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="side of overlapping tiles, pixels (default: tiles only where memory requires them)",
     )
     add("--batch-size", default=1, type=at_least(1), help="number of tiles or flips in one forward pass")
+    add_normalization_flags(parser, None, None, origin="Default of the three: as stored in the weights")
     add_amp_flags(parser)
     add("--device", default="cuda", help="device; without a GPU, cuda means the CPU")
     add("--export", metavar="FILE", help="write the model as ONNX and predict nothing (needs onnx and onnxscript)")

@@ -87,8 +87,8 @@ _SCALER = {
 }
 
 RULES: dict[str, Rule] = {
-    "mean": (_list_of(_number(-255, 255)), "a list of numbers from -255 to 255"),
-    "std": (_list_of(_number(1e-6, 255)), "a list of numbers from 1e-06 to 255"),
+    "mean": (_list_of(_number(-256, 256)), "a list of numbers from -256 to 256"),
+    "std": (_list_of(_number(1e-6, 256)), "a list of numbers from 1e-06 to 256"),
     "normalization": (lambda value: _is_text(value) and value in NORMALIZATIONS, f"one of {', '.join(NORMALIZATIONS)}"),
     "normalization_assumed": (_is_bool, "True or False"),
     "fov_diameter": (_number(16, 20000), "pixels from 16 to 20000"),

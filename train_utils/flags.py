@@ -106,27 +106,13 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--fov-diameter",
-        type=at_least(32, float),
+        type=at_least(32, float, below=20000),
         metavar="PIXELS",
         help="working diameter: the field of view that each photograph is resized to in training, validation, scores "
         "and predictions, unless it is within 5 percent of it. Stored with the weights (default: the median of the "
         "training photographs, of several data sets the middle of their medians)",
     )
-    add(
-        "--normalization",
-        choices=list(NORMALIZATIONS),
-        help="mean and standard deviation to normalise with. dataset: --mean and --std; photograph: those of each "
-        "photograph; local: the same, after every pixel is divided by the mean of its surroundings. Stored with the "
-        "weights",
-    )
-    add(
-        "--mean",
-        nargs=3,
-        default=list(DRIVE_MEAN),
-        type=at_least(0, float),
-        help="channel means (compute_mean_std.py prints them)",
-    )
-    add("--std", nargs=3, default=list(DRIVE_STD), type=at_least(1e-6, float), help="channel standard deviations")
+    add_normalization_flags(parser, list(DRIVE_MEAN), list(DRIVE_STD), origin="Stored with the weights")
     add("--crop-size", type=at_least(32), help="side of the training crops")
     add(
         "--val-split",
@@ -182,6 +168,27 @@ def add_data_path(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="the folder that contains DRIVE, or a folder with images and labels; or several",
     )
+
+
+def add_normalization_flags(
+    parser: argparse.ArgumentParser, mean: list[float] | None, std: list[float] | None, origin: str
+) -> None:
+    """Add the flags of how photographs are normalised, with these defaults; `origin` says more of them in the help."""
+    add = parser.add_argument
+    add(
+        "--normalization",
+        choices=list(NORMALIZATIONS),
+        help="mean and standard deviation to normalise with. dataset: --mean and --std; photograph: those of each "
+        f"photograph; local: the same, after every pixel is divided by the mean of its surroundings. {origin}",
+    )
+    add(
+        "--mean",
+        nargs=3,
+        default=mean,
+        type=at_least(0, float, below=256),
+        help="channel means (compute_mean_std.py prints them)",
+    )
+    add("--std", nargs=3, default=std, type=at_least(1e-6, float, below=256), help="channel standard deviations")
 
 
 class _OneOrSeveral(argparse.Action):

@@ -74,6 +74,17 @@ def settle_amp(args: argparse.Namespace, device: torch.device) -> None:
             )
 
 
+def settle_normalization(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Let --mean, --std and --normalization override a checkpoint's; say where its file does not tell them."""
+    given = {name: getattr(args, name) for name in ("mean", "std", "normalization") if getattr(args, name) is not None}
+    checkpoint.update(given)
+    if checkpoint["normalization_assumed"] and not {"mean", "std"} <= given.keys():
+        print(
+            f"{checkpoint['path']} does not tell how photographs were normalised in training: DRIVE's mean and "
+            "standard deviation are assumed (--mean, --std and --normalization give others)"
+        )
+
+
 def _channels_last_is_faster(args: argparse.Namespace, device: torch.device) -> bool:
     if device.type == "cpu":
         # With AVX2 alone the forward pass gains a fifth, but the backward pass loses half and more.
