@@ -77,6 +77,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="start a new run from the weights of this file, for example to fine-tune pretrained/unet_fundus.pth; its "
         "architecture, normalization and working diameter become the defaults",
     )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="begin a new run in an --output-dir that holds another run's weights, and replace them",
+    )
     add("--start-epoch", "--start_epoch", default=0, type=at_least(0), help="first epoch of a run without --resume")
     add_switch(parser, "--save-best", default=True, help="keep only the best epoch, not every one")
     add_speed_flags(parser)

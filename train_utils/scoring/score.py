@@ -26,6 +26,7 @@ from ..checkpoint import BEST_MODEL, LAST_MODEL, add_to_checkpoint
 from ..command_line import UsageError
 from ..data_loading import reading
 from ..distributed_utils import is_main_process, on_main_process
+from ..files import sha256_of
 from ..settings import fold, roots
 from .curves import curves
 from .drawing import write_png
@@ -78,7 +79,9 @@ def score_weights(path: str | Path, device: torch.device, args: argparse.Namespa
     measurement = measure(
         model, photographs, device, threshold.value, tta=tta, trained_scale=checkpoint.get("trained_scale")
     )
-    _report(measurement, Origin.of(checkpoint, threshold, tta), args)
+    # After a threshold was stored in it.
+    sha256 = on_main_process(sha256_of, path)
+    _report(measurement, Origin.of(checkpoint, threshold, tta, sha256), args)
 
 
 def score_masks(folder: str | Path, args: argparse.Namespace) -> None:
