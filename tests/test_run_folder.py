@@ -63,7 +63,7 @@ def test_a_run_that_finished_no_epoch_left_nothing(shared_drive, working_directo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train.fit.__globals__["train_one_epoch"].__module__ + ".criterion", interrupted)
+        patch.setattr("train_utils.train_and_eval.criterion", interrupted)
         run(shared_drive)
     assert [path.name for path in WEIGHTS.iterdir()] == ["run.json"]
     run(shared_drive)

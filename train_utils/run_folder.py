@@ -78,9 +78,7 @@ class _Lock:
             try:
                 file = open(self.path, "a+b")  # noqa: SIM115
             except OSError as error:
-                raise OutputError(
-                    f"{self.path}: cannot be written ({error.strerror}); choose another folder"
-                ) from error
+                raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
             try:
                 _lock(file)
             except (BlockingIOError, PermissionError) as error:

@@ -26,17 +26,8 @@ UNREPORTED = frozenset(
     (
         # where things are, and what is printed or written
         *("data_path", "masks", "output_dir", "device", "gpu", "rank", "dist_url", "dist_backend", "distributed"),
-        *(
-            "print_freq",
-            "tensorboard",
-            "save_best",
-            "test_only",
-            "demo",
-            "resume",
-            "init_weights",
-            "start_epoch",
-            "overwrite",
-        ),
+        *("print_freq", "tensorboard", "save_best", "test_only", "demo", "resume", "init_weights", "start_epoch"),
+        "overwrite",
         # speed
         *("workers", "channels_last", "compile"),
         # scoring after training
