@@ -177,7 +177,8 @@ def _record_run(
         "seed": args.seed,
         "device": device,
         "flags": vars(args),
-        "started_from": {file: sha256_of(file) for file in files_to_start_from(args)},
+        # A file that is missing is reported where it is read.
+        "started_from": {file: sha256_of(file) for file in files_to_start_from(args) if Path(file).is_file()},
         "data": {
             "folders": [str(Path(root).absolute()) for root in roots(args)],
             "trained_on": len(trained_on),
