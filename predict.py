@@ -5,6 +5,7 @@ import src.threads  # noqa: F401  # before torch is imported
 # isort: split
 
 import argparse
+import functools
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -34,6 +35,7 @@ from train_utils.export import export_onnx
 from train_utils.files import make_output_folder
 from train_utils.in_order import in_order
 from train_utils.mixed_precision import add_amp_flags, amp_dtype, settle_amp
+from train_utils.normalization import add_normalization_flags, settle_normalization
 from train_utils.prediction_files import (
     Prediction,
     facts,
@@ -55,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     args.weights = choose_weights(args.weights)
     print(f"weights: {args.weights}")
     if args.export:
-        export_onnx(args.weights, args.export)
+        export_onnx(args.weights, args.export, functools.partial(settle_normalization, args))
         print(f"{args.export}: the model of {args.weights} as ONNX")
         return
     photographs = list_photographs(args.image)
@@ -193,7 +195,9 @@ def choose_weights(weights: str | None) -> Path:
 
 
 def settle_by_checkpoint(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Check the flags against the model; read `--threshold auto` and a missing `--tta` from the checkpoint.
+    """Check the flags against the model; settle those that depend on the checkpoint.
+
+    `--threshold auto` and a missing `--tta` are read from it; `--mean`, `--std` and `--normalization` override it.
 
     Raises:
         UsageError: the model is not for colour photographs, or a flag needs a model of two classes.
@@ -204,6 +208,7 @@ def settle_by_checkpoint(args: argparse.Namespace, checkpoint: Checkpoint) -> No
         raise UsageError(f"--weights {args.weights}: a model of {channels} input channels; photographs have 3")
     if classes > 2 and args.threshold != 0.5:
         raise UsageError(f"--threshold: has no meaning for the {classes} classes of {args.weights}; leave it out")
+    settle_normalization(args, checkpoint)
     if args.tta is None:
         args.tta = checkpoint.get("tta", False)
     if args.threshold == "auto":
@@ -277,6 +282,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="side of overlapping tiles, pixels (default: tiles only where memory requires them)",
     )
     add("--batch-size", default=1, type=at_least(1), help="number of tiles or flips in one forward pass")
+    add_normalization_flags(parser, None, None, origin="Default of the three: as stored in the weights")
     add_amp_flags(parser)
     add("--device", default="cuda", help="device; without a GPU, cuda means the CPU")
     add("--export", metavar="FILE", help="write the model as ONNX and predict nothing (needs onnx and onnxscript)")

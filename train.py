@@ -19,6 +19,7 @@ from train_utils.data_loading import make_loaders, open_datasets
 from train_utils.files import make_output_folder
 from train_utils.fit import fit
 from train_utils.flags import add_training_flags, parse_with_recipe
+from train_utils.run_folder import own_output_folder, record_run
 from train_utils.scoring import check_what_is_scored, conclude_training, score
 from train_utils.settings import memory_format, model_arguments, settle
 from train_utils.synthetic_drive import write_synthetic_drive
@@ -45,10 +46,17 @@ def main(args: argparse.Namespace) -> None:
     if args.test_only:
         score(device, args)
         return
+    own_demo = args.demo and Path(args.output_dir) == Path(DEMO_DEFAULTS["output_dir"])
+    with own_output_folder(args, overwrite=args.overwrite or own_demo):
+        run(device, args)
+
+
+def run(device: torch.device, args: argparse.Namespace) -> None:
     checkpoint = load_to_resume(args)
     settle(args, device, checkpoint)
     train_data, val_data = open_datasets(args, device)
     check_what_is_scored(train_data.files, args)
+    record_run(args, device, train_data.files, val_data.files, checkpoint)
     train_loader, val_loaders = make_loaders(train_data, val_data, device, args, drop_last=False)
 
     torch.manual_seed(args.seed)

@@ -23,6 +23,7 @@ from train_utils.distributed_utils import (
 from train_utils.files import make_output_folder
 from train_utils.fit import fit
 from train_utils.flags import add_training_flags, parse_with_recipe
+from train_utils.run_folder import own_output_folder, record_run
 from train_utils.scoring import check_what_is_scored, conclude_training, score
 from train_utils.settings import memory_format, model_arguments, settle
 from train_utils.training_state import TrainingState, load_to_resume
@@ -38,13 +39,19 @@ def main(args: argparse.Namespace) -> None:
     on_main_process(make_output_folder, args.output_dir, "--output-dir")
     if args.test_only:
         score(device, args)
-        leave_distributed_mode()
-        return
+    else:
+        with own_output_folder(args, overwrite=args.overwrite):
+            run(device, args)
+    leave_distributed_mode()
+
+
+def run(device: torch.device, args: argparse.Namespace) -> None:
     checkpoint = load_to_resume(args)
     settle(args, device, checkpoint)
     train_data, val_data = open_datasets(args, device)
     check_what_is_scored(train_data.files, args)
     require_a_step(len(train_data), args)
+    record_run(args, device, train_data.files, val_data.files, checkpoint)
     train_loader, val_loaders = make_loaders(train_data, val_data, device, args, drop_last=True)
 
     torch.manual_seed(args.seed)
@@ -55,7 +62,6 @@ def main(args: argparse.Namespace) -> None:
     )
     best_dice = fit(model, state, train_loader, val_loaders, checkpoint)
     conclude_training(device, args, best_dice)
-    leave_distributed_mode()
 
 
 def require_a_step(photographs: int, args: argparse.Namespace) -> None:

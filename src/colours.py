@@ -16,6 +16,8 @@ from .field_of_view import field_of_view_diameter
 DRIVE_MEAN = (0.709, 0.381, 0.224)
 DRIVE_STD = (0.127, 0.079, 0.043)
 
+NORMALIZATIONS = ("dataset", "photograph", "local")  # the kinds, see `Normalization`
+
 DARK = 40  # levels of 255; surroundings up to this count as black
 ONE_COLOUR = 16  # levels by which three quarters of the surroundings may differ from their median
 LIGHT_SIGMA = 1 / 18  # standard deviation of the Gaussian for local means, as a share of the diameter

@@ -8,7 +8,7 @@ brought to), `trained_scale` (what the training photographs were resized by for 
 `validated_on` (digests of the photographs' files), `best_dice`, `history` (the rows of the results files),
 `selected_on` (the photographs that the best epoch was chosen on), `tta` (whether to take the mean over flips). Two keys
 are optional: `training_model` (the weights to continue from, if `model` is an average) and `threshold` (the probability
-above which a pixel is a vessel, at the training photographs' scale).
+above which a pixel is a vessel, at the training photographs' scale). `src.checkpoint_values` has a rule for each value.
 """
 
 import argparse
@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint_values import ARGS_RULES, MODEL_ARGS_RULES, RULES, find_fault, in_short
 from .colours import DRIVE_MEAN, DRIVE_STD, Normalization
 from .errors import UserError
 from .field_of_view import DRIVE_FOV_DIAMETER
-from .models import create_model, model_args_from_state_dict
+from .models import ARCHITECTURES, create_model, model_args_from_state_dict
 
 Checkpoint = dict[str, Any]
 
@@ -36,6 +37,7 @@ _DAMAGE = (
     EOFError,
     IndexError,
     KeyError,
+    MemoryError,
     OverflowError,
     RuntimeError,
     TypeError,
@@ -79,13 +81,15 @@ def _without_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint of this project or of the tutorial, or a bare state dict, onto the CPU.
+    """Read a checkpoint of this project or of the tutorial, or a bare state dict, onto the CPU, and check it.
 
-    The result always has `model`, `model_args`, `mean`, `std`, `normalization`, `fov_diameter`, `args` (a dict) and
-    `path`. Other keys are there only if they are in the file.
+    The result always has `model`, `model_args`, `mean`, `std`, `normalization`, `normalization_assumed` (True if the
+    file does not tell how its photographs were normalised), `fov_diameter`, `args` (a dict) and `path`. Other keys are
+    there only if they are in the file.
 
     Raises:
-        CheckpointError: the file is missing, is no checkpoint of a U-Net, or holds pickled code (never executed).
+        CheckpointError: the file is missing, is no checkpoint of a U-Net, holds a value that no run writes, or pickled
+            code (never executed).
     """
     path = Path(path)
     content = read_file(path)
@@ -102,13 +106,98 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: holds the weights of another model ({error}); give a file that train.py wrote"
             ) from error
+    told = "args" in checkpoint or {"mean", "std"} <= checkpoint.keys()
+    checkpoint.setdefault("normalization_assumed", not told)
+    args = checkpoint.get("args", {})
+    checkpoint["args"] = vars(args) if isinstance(args, argparse.Namespace) else args
+    checkpoint["model_args"] = _complete_model_args(path, checkpoint["model_args"])
+    _require_plausible(path, checkpoint)
     checkpoint.setdefault("mean", list(DRIVE_MEAN))
     checkpoint.setdefault("std", list(DRIVE_STD))
     checkpoint.setdefault("normalization", "dataset")
-    args = checkpoint.get("args", {})
-    checkpoint["args"] = vars(args) if isinstance(args, argparse.Namespace) else args
     checkpoint.setdefault("fov_diameter", DRIVE_FOV_DIAMETER)
     return checkpoint
+
+
+def _complete_model_args(path: Path, model_args: Any) -> dict[str, Any]:
+    """The arguments of a file's model, with the defaults of those that the file does not name."""
+    if not isinstance(model_args, Mapping):
+        raise CheckpointError(_altered(path, f"model_args is {in_short(model_args)}, but must be a dict"))
+    arch = model_args.get("arch", "unet")
+    if not (isinstance(arch, str) and arch in ARCHITECTURES):
+        raise CheckpointError(
+            f"{path}: of a model that this version does not know (no architecture {in_short(arch)}; there are "
+            f"{', '.join(ARCHITECTURES)}); give a file that train.py wrote"
+        )
+    defaults = {"arch": arch} | ARCHITECTURES[arch][1]
+    known = defaults.keys() | {"pretrain_backbone"}  # which only says where the training began
+    if unknown := [name for name in model_args if name not in known]:
+        raise CheckpointError(
+            f"{path}: of a model that this version does not know ({arch} has no argument {in_short(unknown[0])}); "
+            "give a file that train.py wrote"
+        )
+    return defaults | {name: value for name, value in model_args.items() if name in defaults}
+
+
+def _require_plausible(path: Path, checkpoint: Checkpoint) -> None:
+    """Check every value, and the shapes of the weights against `model_args`, before memory goes into a model.
+
+    Raises:
+        CheckpointError: a value is none that a run writes, or the weights are not those of `model_args`.
+    """
+    model_args = checkpoint["model_args"]
+    fault = (
+        find_fault(model_args, MODEL_ARGS_RULES, "model_args: ")
+        or find_fault(checkpoint, RULES)
+        or find_fault(checkpoint["args"], ARGS_RULES, "args: ")
+    )
+    channels = model_args.get("in_channels", 3)
+    for key in ("mean", "std"):
+        # A photograph has 3 channels; a model of another number is refused where it is to see one.
+        if not fault and len(checkpoint.get(key, range(3))) not in (3, channels):
+            fault = f"{key} has {len(checkpoint[key])} values, but the model {channels} input channels"
+    if "training_model" in checkpoint and not is_state_dict(checkpoint["training_model"]):
+        fault = fault or "training_model is no dict of tensors"
+    if fault:
+        raise CheckpointError(_altered(path, fault))
+    with torch.device("meta"):  # neither time nor memory
+        expected = create_model(**model_args).state_dict()
+    for key in {"model", "training_model"} & checkpoint.keys():
+        _require_values(path, checkpoint[key])
+        if difference := _difference(expected, checkpoint[key]):
+            raise CheckpointError(
+                f"{path}: holds the weights of another model than it says ({difference}); give a file that train.py "
+                "wrote"
+            )
+        for name, value in checkpoint[key].items():
+            if value.is_floating_point() != expected[name].is_floating_point():
+                raise CheckpointError(_altered(path, f"{name} holds values of {value.dtype}"))
+
+
+def _require_values(path: Path, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not dense, or claim to be larger than what the file holds."""
+    for name, value in state_dict.items():
+        if value.is_nested or value.layout != torch.strided or value.device.type != "cpu":
+            raise CheckpointError(_altered(path, f"{name} is no dense tensor"))
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state_dict.values()}
+    if sum(value.numel() * value.element_size() for value in state_dict.values()) > sum(storages.values()):
+        raise CheckpointError(_altered(path, "its tensors have more values than the file holds"))
+
+
+def _altered(path: Path, fault: str) -> str:
+    return f"{path}: damaged or altered: {fault}; give a file that train.py wrote"
+
+
+def _difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+    """Where two models' weights differ in name or shape, in words; None: nowhere."""
+    wrong = [name for name in expected if name not in found or found[name].shape != expected[name].shape]
+    wrong += [name for name in found if name not in expected]
+    if not wrong:
+        return None
+    name = wrong[0]
+    sides = [tuple(side[name].shape) if name in side else "nothing" for side in (expected, found)]
+    more = f" (and {len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
+    return f"at {in_short(name)[1:-1]} this model has {sides[0]}, the file {sides[1]}{more}"
 
 
 def is_state_dict(value: Any) -> bool:
@@ -122,21 +211,19 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Load a checkpoint's weights into a model of the same shape.
 
     Raises:
-        CheckpointError: the shapes differ, or there are NaN or infinite values.
+        CheckpointError: the shapes differ, or there are NaN, infinite or impossible values.
     """
     expected, found, path = model.state_dict(), checkpoint["model"], checkpoint["path"]
-    wrong = [name for name in expected if name not in found or found[name].shape != expected[name].shape]
-    wrong += [name for name in found if name not in expected]
-    if wrong:
-        name = wrong[0]
-        sides = [tuple(side[name].shape) if name in side else "nothing" for side in (expected, found)]
+    if difference := _difference(expected, found):
         raise CheckpointError(
-            f"{path}: the weights of another model: at {name} this model has {sides[0]}, the file {sides[1]}"
-            + (f" (and {len(wrong) - 1} more differ)" if len(wrong) > 1 else "")
-            + "; give the flags that it was trained with, such as --recipe, --arch, --base-c and --num-classes"
+            f"{path}: the weights of another model: {difference}; give the flags that it was trained with, such as "
+            "--recipe, --arch, --base-c and --num-classes"
         )
-    if not all(value.isfinite().all() for value in found.values()):
+    # In the model's own precision: a float64 may be finite where a float32 is not.
+    if not all(value.to(expected[name].dtype).isfinite().all() for name, value in found.items()):
         raise CheckpointError(f"{path}: the weights hold NaN or infinite values; train again with a lower --lr")
+    if any((value < 0).any() for name, value in found.items() if name.endswith("running_var")):
+        raise CheckpointError(_altered(path, "the weights hold a negative variance"))
     model.load_state_dict(found)
 
 
@@ -161,9 +248,6 @@ def build_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
     Raises:
         CheckpointError: as `load_weights`.
     """
-    try:
-        model = create_model(**checkpoint["model_args"])
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint['path']}: of a model that this version does not know ({error})") from error
+    model = create_model(**checkpoint["model_args"])
     load_weights(model, checkpoint)
     return model.to(device).eval()

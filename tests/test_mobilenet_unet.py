@@ -159,7 +159,8 @@ def test_wrong_backbone_weights(shared_drive, working_directory, capsys):
 
 
 def test_another_architecture_than_the_weights(shared_drive, working_directory, capsys, model):
-    torch.save({"model": model.state_dict(), "optimizer": {}, "epoch": 0}, "mobilenet.pth")
+    optimizer = {"state": {}, "param_groups": []}
+    torch.save({"model": model.state_dict(), "optimizer": optimizer, "epoch": 0}, "mobilenet.pth")
     with pytest.raises(SystemExit):
         run_script(train.main, arguments(shared_drive, "--resume", "mobilenet.pth"))
     assert "--arch" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from train_utils.synthetic_drive import write_synthetic_drive
 
 
 def run(*flags):
-    train.main(train.parse_args([*SMALL_RUN, "--output-dir", "out", *map(str, flags)]))
+    train.main(train.parse_args([*SMALL_RUN, "--output-dir", "out", "--overwrite", *map(str, flags)]))
     return load_checkpoint("out/last_model.pth")
 
 

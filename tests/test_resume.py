@@ -115,7 +115,7 @@ def test_what_to_resume_is_of_this_run(shared_drive, working_directory, monkeypa
     run(shared_drive, "--epochs", 1)
     interrupt_in(0, monkeypatch)
     with pytest.raises(SystemExit):
-        run(shared_drive, "--epochs", 1, "--seed", 1)
+        run(shared_drive, "--epochs", 1, "--seed", 1, "--overwrite")
     assert capsys.readouterr().out.splitlines()[-1] == "interrupted in epoch 0; no epoch was saved yet"
 
 

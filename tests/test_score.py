@@ -61,7 +61,9 @@ def weights(shared_drive, tmp_path_factory):
 
 
 def score(script, data, weights, *flags):
-    script.main(script.parse_args(["--data-path", str(data), "--output-dir", ".", "--device", "cpu", *flags]))
+    script.main(
+        script.parse_args(["--data-path", str(data), "--output-dir", ".", "--device", "cpu", "--overwrite", *flags])
+    )
 
 
 def test_only(data, weights, *flags):

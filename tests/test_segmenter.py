@@ -174,7 +174,7 @@ def test_the_example_is_segmented(tmp_path, monkeypatch):
 
 def test_fine_tuning_starts_from_the_weights(shared_drive, working_directory, capsys):
     def run(*flags):
-        train.main(train.parse_args([*flags, "--data-path", str(shared_drive), "--output-dir", "out"]))
+        train.main(train.parse_args([*flags, "--data-path", str(shared_drive), "--output-dir", "out", "--overwrite"]))
         return load_checkpoint("out/last_model.pth")
 
     first = run(*SMALL_RUN, "--epochs", "1", "--fov-diameter", "60", "--normalization", "local", "--fold", "1/2")

@@ -39,7 +39,7 @@ def settled(shared_drive):
 
 
 def run(data, *flags):
-    train.main(train.parse_args(["--data-path", str(data), *SMALL_RUN, *flags]))
+    train.main(train.parse_args(["--data-path", str(data), *SMALL_RUN, "--overwrite", *flags]))
     return load_checkpoint("save_weights/last_model.pth")
 
 

@@ -161,12 +161,12 @@ def test_resume_with_fewer_epochs_says_that_nothing_is_left(shared_drive, workin
 
 def test_a_nan_loss_saves_nothing(shared_drive, working_directory, monkeypatch, capsys):
     run(shared_drive, "--epochs", "1")
-    before = {path: path.read_bytes() for path in Path("save_weights").iterdir()}
+    before = {path: path.read_bytes() for path in Path("save_weights").glob("*.pth")}
     capsys.readouterr()
     flags = ("--data-path", str(shared_drive), "--epochs", "5", "--lr", "1e30", "--resume", "auto")
     message = fails(capsys, *flags)
     assert "became" in message and "--resume save_weights/last_model.pth" in message
-    assert {path: path.read_bytes() for path in Path("save_weights").iterdir()} == before
+    assert {path: path.read_bytes() for path in Path("save_weights").glob("*.pth")} == before
 
 
 def test_out_of_memory_says_which_flags_to_lower(shared_drive, working_directory, monkeypatch, capsys):
@@ -220,7 +220,7 @@ def test_weights_that_overflow_in_the_last_step_are_not_saved(shared_drive, work
     monkeypatch.setattr(fit, "train_one_epoch", overflow)
     with pytest.raises(NonFiniteLossError, match="the weights became NaN or infinite"):
         run(shared_drive, "--epochs", "1")
-    assert not list(Path("save_weights").iterdir())
+    assert not list(Path("save_weights").glob("*.pth"))
 
 
 def test_training_folder_alone_holds_some_out(drive, working_directory, capsys):

@@ -105,7 +105,7 @@ def test_steps_of_adamw_are_counted_where_a_fused_kernel_looks_for_them():
     checkpoint = as_loaded(new_state("--optimizer", "adamw"))
     seen = []
     restored = new_state("--optimizer", "adamw")
-    restored.optimizer.defaults["fused"] = True  # as on a GPU
+    restored.optimizer.param_groups[0]["fused"] = True  # as on a GPU
     load = restored.optimizer.load_state_dict
     restored.optimizer.load_state_dict = lambda saved: (seen.append(saved), load(saved))
     restored.restore(checkpoint)

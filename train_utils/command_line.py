@@ -35,15 +35,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def at_least(low: float, kind: type = int) -> Callable[[str], int | float]:
-    """A flag's type: a finite number of `kind` of at least `low` (whole numbers: of at most 63 bits)."""
+def at_least(low: float, kind: type = int, below: float | None = None) -> Callable[[str], int | float]:
+    """A flag's type: a finite number of `kind` of at least `low`, and below `below` (whole numbers: of 63 bits)."""
 
     def parse(text: str) -> int | float:
         try:
             number = kind(text)
         except ValueError:
             number = None
-        high = 2**63 if kind is int else float("inf")
+        high = below or (2**63 if kind is int else float("inf"))
         if number is None or not low <= number < high:
             noun = "a whole number" if kind is int else "a number"
             limit = f" and below {high}" if number is not None and number >= high else ""

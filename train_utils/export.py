@@ -5,15 +5,16 @@ import importlib.util
 import io
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from src.errors import UserError
-from src.weights import load_model
+from src.weights import Checkpoint, load_model
 
-from .files import replace_whole
+from .files import replace_whole, require_no_input
 
 NEEDED = ("onnx", "onnxscript")
 
@@ -33,7 +34,9 @@ class _Logits(nn.Module):
         return self.model(image)["out"]
 
 
-def export_onnx(weights: str | Path, path: str | Path) -> None:
+def export_onnx(
+    weights: str | Path, path: str | Path, settle: Callable[[Checkpoint], None] = lambda checkpoint: None
+) -> None:
     """Write a model as ONNX: `image` float32 [batch, C, height, width] -> `logits` [batch, num_classes, height, width].
 
     Batch size, height and width (from 32 pixels) are free. The image must be normalised. The metadata of the file hold
@@ -42,17 +45,20 @@ def export_onnx(weights: str | Path, path: str | Path) -> None:
 
     Args:
         weights: the file of weights.
-        path: the file to write.
+        path: the file to write; never that of the weights.
+        settle: may change the checkpoint's `mean`, `std` and `normalization`.
 
     Raises:
         ExportError: a package is missing.
         CheckpointError: the weights cannot be used.
-        train_utils.files.OutputError: the file cannot be written.
+        train_utils.files.OutputError: the file cannot be written, or is that of the weights.
     """
+    require_no_input([path], [weights], "--export")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"--export: needs what is not installed here; pip install {' '.join(missing)}")
     model, checkpoint = load_model(weights, torch.device("cpu"))
+    settle(checkpoint)
     # Different odd sides, because the exporter could treat equal sides as one variable.
     image = torch.zeros(2, checkpoint["model_args"].get("in_channels", 3), 99, 85)
     free = torch.export.Dim.DYNAMIC

@@ -1,11 +1,12 @@
 """Files that are written whole or not at all."""
 
+import contextlib
 import csv
+import hashlib
 import io
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,7 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-@contextmanager
+@contextlib.contextmanager
 def replace_whole(path: str | Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; it replaces `path` once it is complete and on the disk.
 
@@ -71,6 +72,32 @@ def create_new(path: str | Path) -> bool:
         return False
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({_reason(error)})") from error
+
+
+def require_no_input(outputs: Iterable[str | Path], inputs: Iterable[str | Path], flag: str) -> None:
+    """Check that no file to write is one that is read, by whatever name or link.
+
+    Raises:
+        OutputError: one is; the message names `flag`.
+    """
+    taken = {identity for path in inputs for identity in _identities(path)}
+    for path in outputs:
+        if taken & _identities(path):
+            raise OutputError(f"{flag}: would overwrite the input {path}; choose another place")
+
+
+def _identities(path: str | Path) -> set[Any]:
+    """The absolute path without links, and where the file exists what its hard links share."""
+    found: set[Any] = {os.path.realpath(path)}
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        found.add((status.st_dev, status.st_ino))
+    return found
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def make_output_folder(path: str | Path, flag: str) -> Path:

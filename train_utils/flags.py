@@ -11,6 +11,7 @@ from transforms import AUGMENTATIONS
 
 from .command_line import Parser, add_switch, at_least, fold_of_folds, fraction, probability_or_auto
 from .mixed_precision import add_amp_flags
+from .normalization import add_normalization_flags
 from .recipes import RECIPES
 
 # The share of a GPU's free memory that the photographs may take; the rest is for the model.
@@ -73,6 +74,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="start a new run from the weights of this file, for example to fine-tune pretrained/unet_fundus.pth; its "
         "architecture, normalization and working diameter become the defaults",
     )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="begin a new run in an --output-dir that holds another run's weights, and replace them",
+    )
     add("--start-epoch", "--start_epoch", default=0, type=at_least(0), help="first epoch of a run without --resume")
     add_switch(parser, "--save-best", default=True, help="keep only the best epoch, not every one")
     add_speed_flags(parser)
@@ -102,27 +108,13 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--fov-diameter",
-        type=at_least(32, float),
+        type=at_least(32, float, below=20000),
         metavar="PIXELS",
         help="working diameter: the field of view that each photograph is resized to in training, validation, scores "
         "and predictions, unless it is within 5 percent of it. Stored with the weights (default: the median of the "
         "training photographs, of several data sets the middle of their medians)",
     )
-    add(
-        "--normalization",
-        choices=["dataset", "photograph", "local"],
-        help="mean and standard deviation to normalise with. dataset: --mean and --std; photograph: those of each "
-        "photograph; local: the same, after every pixel is divided by the mean of its surroundings. Stored with the "
-        "weights",
-    )
-    add(
-        "--mean",
-        nargs=3,
-        default=list(DRIVE_MEAN),
-        type=at_least(0, float),
-        help="channel means (compute_mean_std.py prints them)",
-    )
-    add("--std", nargs=3, default=list(DRIVE_STD), type=at_least(1e-6, float), help="channel standard deviations")
+    add_normalization_flags(parser, list(DRIVE_MEAN), list(DRIVE_STD), origin="Stored with the weights")
     add("--crop-size", type=at_least(32), help="side of the training crops")
     add(
         "--val-split",

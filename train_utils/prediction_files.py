@@ -13,7 +13,7 @@ from src import Segmentation
 from src.photograph import IMAGE_SUFFIXES
 
 from .command_line import UsageError
-from .files import replace_whole
+from .files import replace_whole, require_no_input
 from .prediction_report import REPORT, THUMBNAILS, thumbnail_paths, write_thumbnails
 from .prediction_table import TABLE
 
@@ -36,7 +36,8 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
     """The path of the table, if there is one, and the path of each photograph's mask.
 
     Raises:
-        UsageError: --output does not fit the photographs, or an input would be overwritten.
+        UsageError: --output does not fit the photographs.
+        OutputError: an input would be overwritten.
     """
     single = len(photographs) == 1
     output = Path(args.output or ("test_result.png" if single and not args.report else "predictions"))
@@ -51,13 +52,12 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
 
     roi_masks = Path(args.roi_mask or "auto")
     inputs = (*photographs, Path(args.weights), *(roi_masks.iterdir() if roi_masks.is_dir() else [roi_masks]))
-    inputs = {path.resolve() for path in inputs}
     written = [path for mask in masks for path in (mask, beside(mask, "probability"), beside(mask, "overlay"))]
     if args.report:
         written += [output / REPORT, *(path for mask in masks for path in thumbnail_paths(mask))]
-    overwritten = next((path for path in written if path.resolve() in inputs), None)
-    if overwritten:
-        raise UsageError(f"--output {output}: would overwrite the input {overwritten}; choose another place")
+    if not looks_like_a_file:
+        written.append(output / TABLE)
+    require_no_input(written, inputs, f"--output {output}")
     if looks_like_a_file:
         return None, masks
     folders = {output.resolve(), *([(output / THUMBNAILS).resolve()] if args.report else [])}

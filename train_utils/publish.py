@@ -4,29 +4,27 @@ python -m train_utils.publish save_weights/last_model.pth unet.pth --licence "..
 """
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from src.weights import load_checkpoint
 
 from .checkpoint import save_checkpoint
-from .command_line import Parser, UsageError, run_script
+from .command_line import Parser, run_script
+from .files import require_no_input, sha256_of
 
 KEPT = (
-    *("model", "model_args", "mean", "std", "normalization", "fov_diameter", "trained_scale", "tta", "threshold"),
-    *("trained_on", "validated_on", "selected_on"),
+    *("model", "model_args", "mean", "std", "normalization", "normalization_assumed", "fov_diameter", "trained_scale"),
+    *("tta", "threshold", "trained_on", "validated_on", "selected_on"),
 )
 
 
 def main(args: argparse.Namespace) -> None:
-    if Path(args.output).resolve() == Path(args.weights).resolve():
-        raise UsageError(f"{args.output}: would overwrite the run's weights; choose another name")
+    require_no_input([args.output], [args.weights], args.output)
     checkpoint = load_checkpoint(args.weights)
     kept = {name: checkpoint[name] for name in KEPT if name in checkpoint}
     save_checkpoint(kept | {"licence": args.licence, "provenance": args.provenance}, args.output)
-    content = Path(args.output).read_bytes()
-    print(f"{args.output}: {len(content):,} bytes, SHA-256 {hashlib.sha256(content).hexdigest()}")
+    print(f"{args.output}: {Path(args.output).stat().st_size:,} bytes, SHA-256 {sha256_of(args.output)}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -78,4 +78,6 @@ class ResultsFiles:
             return
         with replace_whole(f"{self.stem}.txt") as file:
             file.write("".join(map(format_row, rows)).encode())
-        write_csv(f"{self.stem}.csv", flatten_row(rows[-1]), map(flatten_row, rows))
+        flat = list(map(flatten_row, rows))
+        # Where a run went on without validation, the rows differ in their columns.
+        write_csv(f"{self.stem}.csv", dict.fromkeys(name for row in flat for name in row), flat)

@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ UNREPORTED = frozenset(
         # where things are, and what is printed or written
         *("data_path", "masks", "output_dir", "device", "gpu", "rank", "dist_url", "dist_backend", "distributed"),
         *("print_freq", "tensorboard", "save_best", "test_only", "demo", "resume", "init_weights", "start_epoch"),
+        "overwrite",
         # speed
         *("workers", "channels_last", "compile"),
         # scoring after training
@@ -155,7 +156,7 @@ class TrainingState:
         if self.averaged is not None:
             load_weights(self.averaged.module, checkpoint)
             self.averaged.n_averaged.fill_(1)  # at 0 the next step would replace the average
-        self._restore_optimizer(checkpoint["optimizer"])
+        self._restore_optimizer(checkpoint)
         if self.scaler is not None and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"] + 1
@@ -184,13 +185,20 @@ class TrainingState:
         )
         self.best_dice = checkpoint.get("best_dice") if same else None
 
-    def _restore_optimizer(self, saved: dict[str, Any]) -> None:
-        settings = {"weight_decay": self.args.weight_decay, "fused": self.optimizer.defaults["fused"]}
-        if self.args.optimizer == "sgd":
-            settings["momentum"] = self.args.momentum
-        # `fused` must be set before loading: it decides on which device AdamW counts its steps.
-        groups = [{**group, **settings} for group in saved["param_groups"]]
-        self.optimizer.load_state_dict({**saved, "param_groups": groups})
+    def _restore_optimizer(self, checkpoint: Checkpoint) -> None:
+        # The settings follow from the flags. `fused` must be right before loading: it decides on which device AdamW
+        # counts its steps.
+        own, saved = self.optimizer.state_dict(), checkpoint["optimizer"]
+        parameters = dict(enumerate(self.model.parameters()))
+        if not all(
+            index in parameters and _is_kept_by(self.args.optimizer, values, parameters[index])
+            for index, values in saved["state"].items()
+        ):
+            raise CheckpointError(
+                f"{checkpoint['path']}: 'optimizer' does not hold the state of --optimizer {self.args.optimizer} for "
+                "this model; resume from another file"
+            )
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
         _start_momentum(self.optimizer)
         # Fused kernels need the state in the memory format of its weight, but it was saved in that of the earlier run.
         for parameter, state in self.optimizer.state.items():
@@ -244,6 +252,24 @@ def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
             for parameter in group["params"]:
                 if optimizer.state[parameter].get("momentum_buffer") is None:
                     optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, -0.0)
+
+
+def _is_kept_by(optimizer: str, values: Any, parameter: nn.Parameter) -> bool:
+    """Whether these are what an optimizer keeps of a parameter: finite tensors of the right shapes."""
+    shapes = {"momentum_buffer": parameter.shape}
+    if optimizer == "adamw":
+        shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    elif values == {"momentum_buffer": None}:  # --momentum 0
+        return True
+    if not isinstance(values, Mapping) or values.keys() != shapes.keys():
+        return False
+    return all(
+        isinstance(value, torch.Tensor)
+        and value.shape == shapes[name]
+        and bool(value.isfinite().all())
+        and not (name in ("step", "exp_avg_sq") and (value < 0).any())
+        for name, value in values.items()
+    )
 
 
 def _make_average(model: nn.Module, decay: float) -> AveragedModel | None:

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,12 @@ class Origin:
     seed: int | None = None
     fold: str | None = None
     validated_on: Collection[str] = ()  # digests of photographs
+    flags: Mapping[str, Any] | None = None  # of the run that trained the weights
+    sha256: str | None = None  # of the file of weights
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, threshold: Threshold, tta: bool) -> "Origin":
-        """The weights of a checkpoint."""
+    def of(cls, checkpoint: Checkpoint, threshold: Threshold, tta: bool, sha256: str) -> "Origin":
+        """The weights of a checkpoint, whose file has this digest."""
         return cls(
             checkpoint["path"],
             checkpoint.get("epoch"),
@@ -67,6 +69,8 @@ class Origin:
             checkpoint["args"].get("seed"),
             checkpoint["args"].get("fold"),
             checkpoint.get("validated_on", ()),
+            checkpoint["args"],
+            sha256,
         )
 
 
@@ -82,6 +86,8 @@ def make_report(measurement: Measurement, origin: Origin) -> dict[str, Any]:
         "tta": origin.tta,
         "seed": origin.seed,
         "fold": origin.fold,
+        "flags": origin.flags,
+        "sha256": origin.sha256,
         "scored_on": _scored_on(measurement.photographs, origin),
         "photographs": [score.name for score in measurement.photographs],
     }

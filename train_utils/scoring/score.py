@@ -26,6 +26,7 @@ from ..checkpoint import BEST_MODEL, LAST_MODEL, add_to_checkpoint
 from ..command_line import UsageError
 from ..data_loading import reading
 from ..distributed_utils import is_main_process, on_main_process
+from ..files import sha256_of
 from ..memory import explain_out_of_memory
 from ..settings import fold, roots
 from .curves import curves
@@ -84,7 +85,9 @@ def score_weights(path: str | Path, device: torch.device, args: argparse.Namespa
         measurement = measure(
             model, photographs, device, threshold.value, tta=tta, trained_scale=checkpoint.get("trained_scale")
         )
-    _report(measurement, Origin.of(checkpoint, threshold, tta), args)
+    # After a threshold was stored in it.
+    sha256 = on_main_process(sha256_of, path)
+    _report(measurement, Origin.of(checkpoint, threshold, tta, sha256), args)
 
 
 def score_masks(folder: str | Path, args: argparse.Namespace) -> None:
@@ -240,7 +243,7 @@ def _files_for_threshold(checkpoint: Checkpoint, args: argparse.Namespace) -> tu
     """Training photographs to choose a threshold on, and whether they were held out."""
     if "trained_on" in checkpoint:
         files = [item for root in roots(args) for item in training_photographs(root)]
-        for digests, held_out in ((checkpoint["validated_on"], True), (checkpoint["trained_on"], False)):
+        for digests, held_out in ((checkpoint.get("validated_on", ()), True), (checkpoint["trained_on"], False)):
             if known := [item for item in files if item.digest in digests]:
                 return known, held_out
         raise UsageError(

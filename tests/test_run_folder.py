@@ -1,0 +1,232 @@
+"""One folder, one run: nothing is replaced unasked, two runs never share it, and it tells how it came about."""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+import train_multi_GPU
+from tests.conftest import SMALL_RUN
+from tests.processes import PROJECT, clean_environment, in_processes
+from train_utils import run_folder
+from train_utils.command_line import UsageError, run_script
+
+WEIGHTS = Path("save_weights")
+ONE = [*SMALL_RUN, "--epochs", "1"]
+
+
+def run(data, *flags, script=train):
+    script.main(script.parse_args(["--data-path", str(data), *ONE, *map(str, flags)]))
+
+
+def weights_in(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.pth")}
+
+
+@pytest.mark.parametrize("script, folder", [(train, "save_weights"), (train_multi_GPU, "multi_train")])
+def test_a_second_start_is_refused_with_the_ways_out(shared_drive, working_directory, capsys, script, folder):
+    run(shared_drive, script=script)
+    before = weights_in(Path(folder))
+    with pytest.raises(SystemExit) as stopped:
+        run_script(script.main, script.parse_args(["--data-path", str(shared_drive), *ONE, "--seed", "1"]))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and error.count("\n") == 1
+    assert f"{folder}: holds best_model.pth and last_model.pth of another run" in error
+    assert all(way in error for way in ("--resume auto", "--overwrite", "another --output-dir"))
+    assert weights_in(Path(folder)) == before and not Path(folder, "run.lock").exists()
+    run(shared_drive, "--test-only", "--resume", Path(folder, "best_model.pth"), script=script)
+    run(shared_drive, "--resume", "auto", script=script)
+    assert weights_in(Path(folder)) == before
+    run(shared_drive, "--overwrite", "--seed", "1", script=script)
+    assert weights_in(Path(folder)) != before
+
+
+@pytest.mark.parametrize("name", ["best_model.pth", "last_model.pth"])
+def test_one_file_of_weights_is_enough(shared_drive, working_directory, name):
+    WEIGHTS.mkdir()
+    Path(WEIGHTS, name).write_bytes(b"of another run")
+    with pytest.raises(UsageError, match=f"holds {name} of another run"):
+        run(shared_drive)
+
+
+def test_a_run_that_finished_no_epoch_left_nothing(shared_drive, working_directory, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("train_utils.train_and_eval.criterion", interrupted)
+        run(shared_drive)
+    assert [path.name for path in WEIGHTS.iterdir()] == ["run.json"]
+    run(shared_drive)
+
+
+def test_the_demo_may_be_started_again(shared_drive, working_directory):
+    shutil.copytree(shared_drive / "DRIVE", "demo/DRIVE")
+    flags = ["--demo", *ONE]
+    for _ in range(2):
+        train.main(train.parse_args(flags))
+    train.main(train.parse_args([*flags, "--output-dir", "mine"]))
+    with pytest.raises(UsageError, match="mine: holds"):
+        train.main(train.parse_args([*flags, "--output-dir", "mine"]))
+
+
+# ---- two at once
+
+
+def start(data, *flags):
+    """Start a long run; return it when it trains."""
+    command = [sys.executable, PROJECT / "train.py", "--data-path", data, *SMALL_RUN, "--epochs", "100000", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(command, env=clean_environment(), preexec_fn=heed, **pipes)
+    for line in process.stdout:
+        if line.startswith("Epoch: [1]"):
+            return process
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_second_run_waits_for_the_end_of_the_first(shared_drive, working_directory, end):
+    first = start(shared_drive, "-j", "2")  # its loading processes may outlive it
+    try:
+        for flag in (["--overwrite"], ["--resume", "auto"]):
+            with pytest.raises(UsageError, match=rf"another run is writing there \(process {first.pid} on \S+\)"):
+                run(shared_drive, *flag)
+        assert Path(WEIGHTS, "run.lock").exists()
+        first.send_signal(end)
+        first.communicate(timeout=60)
+    finally:
+        first.kill()
+    assert Path(WEIGHTS, "run.lock").exists() == (end != signal.SIGINT)
+    run(shared_drive, "--resume", "auto")
+    assert not Path(WEIGHTS, "run.lock").exists()
+
+
+def test_an_error_leaves_no_lock(shared_drive, working_directory, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train, "fit", broken)
+    with pytest.raises(ZeroDivisionError):
+        run(shared_drive)
+    assert not Path(WEIGHTS, "run.lock").exists()
+
+
+def test_a_lock_that_its_owner_removed_is_taken_anew(working_directory, monkeypatch):
+    """The owner ends between the opening and the locking of its file."""
+    path, lock, calls = Path("run.lock"), run_folder._lock, []
+
+    def late(file):
+        if not calls:
+            path.unlink()
+        calls.append(file)
+        lock(file)
+
+    monkeypatch.setattr(run_folder, "_lock", late)
+    mine = run_folder._Lock(path)
+    mine.take()
+    assert len(calls) == 2 and os.path.samestat(os.fstat(mine.file.fileno()), path.stat())
+    mine.release()
+    assert not path.exists()
+
+
+def test_a_file_system_without_locks(working_directory, monkeypatch, capsys):
+    def unable(file):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(run_folder, "_lock", unable)
+    lock = run_folder._Lock(Path("run.lock"))
+    lock.take()
+    lock.release()
+    assert "run.lock: cannot be locked (Operation not supported); see that no other run" in capsys.readouterr().out
+
+
+def second_start(meeting_point, data):
+    flags = ["--data-path", str(data), *ONE, "-j", "0", "-b", "1", "--dist-url", meeting_point]
+    run_script(train_multi_GPU.main, train_multi_GPU.parse_args(flags))
+
+
+def test_all_processes_stop_together(shared_drive, tmp_path):
+    (tmp_path / "multi_train").mkdir()
+    (tmp_path / "multi_train" / "best_model.pth").touch()
+    printed = in_processes(second_start, 2, tmp_path, f"file://{tmp_path}/meet", shared_drive)
+    assert "multi_train: holds best_model.pth of another run" in printed[0]
+    assert "Traceback" not in "".join(printed)
+    assert not (tmp_path / "multi_train" / "run.lock").exists()
+
+
+# ---- run.json and scores.json
+
+
+def test_what_is_told_of_a_run(shared_drive, working_directory):
+    run(shared_drive, "--seed", "3", "--val-split", "2")
+    record = json.loads(Path(WEIGHTS, "run.json").read_text())
+    assert (record["seed"], record["first_epoch"], record["earlier"]) == (3, 0, [])
+    assert record["flags"]["fov_diameter"] > 60 and record["flags"]["crop_size"] == 48  # settled
+    assert record["versions"]["torch"] == torch.__version__ and len(record["versions"]) == 5
+    data = record["data"]
+    assert (data["folders"], data["trained_on"], data["validated_on"]) == ([str(shared_drive)], 4, 2)
+    assert data["digest"] == hashlib.sha256(json.dumps(digests(shared_drive)).encode()).hexdigest()
+    assert record["command"] == [sys.executable, *sys.argv] and record["working_directory"] == os.getcwd()
+    run(shared_drive, "--seed", "3", "--val-split", "2", "--epochs", "2", "--resume", "auto")
+    resumed = json.loads(Path(WEIGHTS, "run.json").read_text())
+    (earlier,) = resumed["earlier"]
+    assert resumed["first_epoch"] == 1 and earlier == {name: record[name] for name in record if name != "earlier"}
+
+
+def digests(data):
+    photographs = sorted((data / "DRIVE" / "training" / "images").iterdir())
+    every = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in photographs]
+    return [sorted(every[:-2]), sorted(every[-2:])]
+
+
+def test_a_run_is_repeated_from_its_file(shared_drive, working_directory):
+    command = [sys.executable, PROJECT / "train.py", "--data-path", shared_drive, *ONE, "--seed", "5"]
+    subprocess.run(command, env=clean_environment(), check=True, capture_output=True)
+    record = json.loads(Path(WEIGHTS, "run.json").read_text())
+    WEIGHTS.rename("first")
+    again = shlex.join(record["command"])
+    subprocess.run(again, shell=True, env=clean_environment(), check=True, capture_output=True)
+    first, second = (
+        torch.load(Path(folder, "last_model.pth"), weights_only=True)["model"] for folder in ("first", WEIGHTS)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_weights_that_it_started_from(shared_drive, working_directory):
+    run(shared_drive)
+    digest = hashlib.sha256(Path(WEIGHTS, "best_model.pth").read_bytes()).hexdigest()
+    run(shared_drive, "--init-weights", "save_weights/best_model.pth", "--output-dir", "tuned")
+    assert json.loads(Path("tuned/run.json").read_text())["started_from"] == {"save_weights/best_model.pth": digest}
+
+
+def test_the_commit_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "PROJECT", tmp_path)
+    assert run_folder.git_commit() is None
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert run_folder.git_commit() is None
+    (tmp_path / "code.py").touch()
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
+    subprocess.run([*git, "tag", "-a", "-m", "v1", "v1"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert run_folder.git_commit() == head
+    (tmp_path / "code.py").write_text("changed")
+    assert run_folder.git_commit() == f"{head}-dirty"
+
+
+def test_scores_name_their_origin(shared_drive, working_directory):
+    run(shared_drive, "--seed", "3", "--threshold", "auto")
+    scores = json.loads(Path(WEIGHTS, "scores.json").read_text())
+    assert scores["seed"] == 3 and scores["flags"]["base_c"] == 4 and scores["flags"]["epochs"] == 1
+    assert scores["sha256"] == hashlib.sha256(Path(WEIGHTS, "best_model.pth").read_bytes()).hexdigest()

@@ -1,0 +1,224 @@
+"""The output folder of a training: it belongs to one run, and `run.json` tells of that run."""
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+
+from src.dataset_files import LabelledPhotograph
+from src.weights import Checkpoint
+
+from .checkpoint import BEST_MODEL, LAST_MODEL
+from .command_line import UsageError
+from .distributed_utils import on_main_process
+from .files import OutputError, replace_whole, require_no_input, sha256_of
+from .settings import roots
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
+PROJECT = Path(__file__).parents[1]
+RUN, LOCK = "run.json", "run.lock"
+WRITTEN = (BEST_MODEL, LAST_MODEL, RUN, "scores.json", "scores.csv", "scores.png", "curves.png")
+
+
+@contextlib.contextmanager
+def own_output_folder(args: argparse.Namespace, overwrite: bool) -> Iterator[None]:
+    """Keep every other run out of `args.output_dir`; the main process holds it, and all processes stop together.
+
+    The file `run.lock` in the folder says which process of which host the owner is. What keeps others out is the
+    system's lock on that open file. The system lifts it whenever and however the owner ends, so that no stale one is
+    left, and lock daemons carry it to other hosts of a network file system. It is a lock of POSIX (`lockf`), which
+    forked loading processes do not inherit: those of a killed run may outlive it.
+
+    Args:
+        args: the flags; those of files to start from are never overwritten.
+        overwrite: whether the run may replace the weights of another one.
+
+    Raises:
+        UsageError: another run holds the folder, or left its weights there and `args.resume` is not given.
+        OutputError: a file to start from lies where the run would write.
+    """
+    lock = _Lock(Path(args.output_dir, LOCK))
+    on_main_process(lock.take)
+    try:
+        on_main_process(_require_nothing_lost, args, overwrite)
+        yield
+    finally:
+        lock.release()
+
+
+class _Lock:
+    """A file that one process holds; where the file system knows no locks, a line says so and nothing is held."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: BinaryIO | None = None
+
+    def take(self) -> None:
+        while self.file is None:
+            try:
+                file = open(self.path, "a+b")  # noqa: SIM115
+            except OSError as error:
+                raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
+            try:
+                _lock(file)
+            except (BlockingIOError, PermissionError) as error:
+                with file:
+                    file.seek(0)
+                    owner = file.read(1000).decode(errors="replace").strip()
+                raise UsageError(
+                    f"--output-dir {self.path.parent}: another run is writing there ({owner or 'starting'}); wait for "
+                    "its end, or choose another folder"
+                ) from error
+            except OSError as error:
+                print(f"{self.path}: cannot be locked ({error.strerror}); see that no other run writes there")
+            # The owner before may have removed the file after it was opened here.
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                    self.file = file
+                    continue
+            file.close()
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self.file.flush()
+
+    def release(self) -> None:
+        if self.file is not None:
+            if fcntl is None:  # Windows removes no open file
+                self.file.close()
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            self.file.close()
+
+
+def _lock(file: BinaryIO) -> None:
+    if fcntl is not None:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        file.seek(2**20)  # a byte beyond the text, which others may read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+
+def _require_nothing_lost(args: argparse.Namespace, overwrite: bool) -> None:
+    folder = Path(args.output_dir)
+    written = [folder / name for name in WRITTEN]
+    if not args.save_best:
+        written += folder.glob("model_*.pth")
+    require_no_input(written, files_to_start_from(args), f"--output-dir {folder}")
+    found = [name for name in (BEST_MODEL, LAST_MODEL) if (folder / name).exists()]
+    if found and not (args.resume or overwrite):
+        raise UsageError(
+            f"--output-dir {folder}: holds {' and '.join(found)} of another run; --resume auto goes on with it, "
+            "--overwrite replaces it, and another --output-dir keeps it"
+        )
+
+
+def files_to_start_from(args: argparse.Namespace) -> list[str]:
+    """The files of weights that a new run starts from."""
+    return [path for path in (args.init_weights, args.backbone_weights) if path and path != "imagenet"]
+
+
+def record_run(
+    args: argparse.Namespace,
+    device: torch.device,
+    trained_on: Sequence[LabelledPhotograph],
+    validated_on: Sequence[LabelledPhotograph],
+    checkpoint: Checkpoint | None,
+) -> None:
+    """Write `run.json`, from which the run can be repeated; the main process does.
+
+    A resumed run lists the earlier starts under "earlier", as far as they are recorded in the folder.
+
+    Raises:
+        OutputError: the file cannot be written, or is a photograph's.
+    """
+    on_main_process(_record_run, args, str(device), trained_on, validated_on, checkpoint and checkpoint["epoch"] + 1)
+
+
+def _record_run(
+    args: argparse.Namespace,
+    device: str,
+    trained_on: Sequence[LabelledPhotograph],
+    validated_on: Sequence[LabelledPhotograph],
+    first_epoch: int | None,
+) -> None:
+    path = Path(args.output_dir, RUN)
+    files = [
+        file
+        for item in (*trained_on, *validated_on)
+        for file in (item.photograph, item.label, item.roi_mask, item.second_observer)
+        if file is not None
+    ]
+    require_no_input([path.with_name(name) for name in WRITTEN], files, f"--output-dir {args.output_dir}")
+    record = {
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": [sys.executable, *sys.argv],
+        "working_directory": os.getcwd(),
+        "first_epoch": args.start_epoch if first_epoch is None else first_epoch,
+        "seed": args.seed,
+        "device": device,
+        "flags": vars(args),
+        # A file that is missing is reported where it is read.
+        "started_from": {file: sha256_of(file) for file in files_to_start_from(args) if Path(file).is_file()},
+        "data": {
+            "folders": [str(Path(root).absolute()) for root in roots(args)],
+            "trained_on": len(trained_on),
+            "validated_on": len(validated_on),
+            "digest": _digest(trained_on, validated_on),
+        },
+        "git_commit": git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+        },
+        "earlier": [] if first_epoch is None else _earlier(path),
+    }
+    with replace_whole(path) as file:
+        file.write((json.dumps(record, indent=2) + "\n").encode())
+
+
+def _digest(*parts: Sequence[LabelledPhotograph]) -> str:
+    """One SHA-256 over the digests of photographs, whatever their order in each part."""
+    return hashlib.sha256(json.dumps([sorted(item.digest for item in part) for part in parts]).encode()).hexdigest()
+
+
+def _earlier(path: Path) -> list[Any]:
+    """The starts of a run that its `run.json` records, oldest first; none where it cannot be read."""
+    try:
+        before = json.loads(path.read_bytes())
+        return [*before.pop("earlier"), before]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return []
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with "-dirty" where files were changed since; None where it is no clone."""
+    if not (PROJECT / ".git").exists():
+        return None
+    command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
