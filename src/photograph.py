@@ -2,6 +2,7 @@
 
 import glob
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,36 +13,32 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import DatasetError
 
-IMAGE_SUFFIXES = frozenset((".tif", ".tiff", ".png", ".jpg", ".jpeg", ".gif", ".bmp", ".ppm", ".pgm", ".webp"))
+# Pillow's name of each format that is read, with the endings of its files. Pillow knows more, and hands some of them
+# to other programs.
+FORMATS = {
+    "TIFF": (".tif", ".tiff"),
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm"),
+    "WEBP": (".webp",),
+}
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 
 class PhotographError(DatasetError):
     """An image file cannot be used as a photograph; the message names it, what was found and what to do."""
 
 
-@contextmanager
-def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image file of any format and mode that Pillow knows, the way up it is shown.
+def load_image(path: str | Path) -> Image.Image:
+    """Decode an image file of any of FORMATS and any mode, the way up it is shown; of a TIFF its largest page.
 
     Raises:
         PhotographError: no such file, no image, a damaged one, or one of more than about 180 megapixels.
     """
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of odd metadata, and from 90 megapixels on; it refuses from 180.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                yield ImageOps.exif_transpose(image)
-    except FileNotFoundError as error:
-        raise PhotographError(f"{path}: no such file; give the path of a photograph") from error
-    except UnidentifiedImageError as error:
-        raise PhotographError(f"{path}: not an image; give a photograph (tif, png, jpg, ...)") from error
-    except Image.DecompressionBombError as error:
-        raise PhotographError(f"{path}: has more than 180 megapixels; shrink it first") from error
-    # Pillow reports damaged files by whatever its decoders run into.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PhotographError(f"{path}: cannot be read ({reason}); copy the file anew from its source") from error
+    with _open(path) as image:
+        return ImageOps.exif_transpose(image)
 
 
 def read_photograph(path: str | Path) -> np.ndarray:
@@ -50,20 +47,86 @@ def read_photograph(path: str | Path) -> np.ndarray:
     16-bit and floating-point greys are brought to 8 bits; transparent parts become black, as outside the field of view.
 
     Raises:
-        PhotographError: as `open_image`.
+        PhotographError: as `load_image`.
     """
-    with open_image(path) as image:
-        return np.array(to_rgb(image))
+    return np.array(to_rgb(load_image(path)))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height in pixels of an image file, which is not decoded for it (unless it is stored turned).
+    """Width and height in pixels of an image file, as it is shown.
 
     Raises:
-        PhotographError: as `open_image`.
+        PhotographError: as `load_image`.
     """
-    with open_image(path) as image:
-        return image.size
+    return load_image(path).size
+
+
+def page_and_pages(path: str | Path) -> tuple[int, int]:
+    """The number, from 1, of the page of an image file that is read, and how many it has; of all but TIFF (1, 1).
+
+    Raises:
+        PhotographError: as `load_image`.
+    """
+    with _open(path) as image:
+        return image.tell() + 1, len(_pages(path)) if image.format == "TIFF" else 1
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file, at its largest page; whatever goes wrong meanwhile is the file's fault."""
+    require_file(path)
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata, and from 90 megapixels on; it refuses from 180.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=list(FORMATS)) as image:
+                if image.format == "TIFF" and len(pages := _pages(path)) > 1:
+                    image.seek(pages.index(max(pages)))
+                yield image
+    except UnidentifiedImageError as error:
+        *first, last = (suffixes[0].removeprefix(".") for suffixes in FORMATS.values())
+        raise PhotographError(f"{path}: not an image of a known format; give {', '.join(first)} or {last}") from error
+    except Image.DecompressionBombError as error:
+        raise PhotographError(f"{path}: has more than 180 megapixels; shrink it first") from error
+    except MemoryError as error:
+        raise PhotographError(f"{path}: does not fit into memory; shrink it first") from error
+    # Pillow reports damaged files by whatever its decoders run into.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise PhotographError(f"{path}: cannot be read ({reason}); copy the file anew from its source") from error
+
+
+def _pages(path: str | Path) -> list[int]:
+    """The number of pixels of each page of a TIFF, up to the first one that cannot be found."""
+    pixels: list[int] = []
+    # A file of its own: after a page that is damaged, Pillow cannot go back.
+    with Image.open(path, formats=["TIFF"]) as image:
+        try:
+            while True:
+                image.seek(len(pixels))
+                pixels.append(image.width * image.height)
+        except Image.DecompressionBombError:
+            raise
+        except Exception:  # EOFError after the last page; of a damaged one, anything
+            return pixels
+
+
+def require_file(path: str | Path) -> None:
+    """Raise unless a path is that of a file; to open a FIFO would wait forever.
+
+    Raises:
+        PhotographError: it is not.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        found = "a link to a file that is not there" if os.path.islink(path) else "no such file"
+        raise PhotographError(f"{path}: {found}; give the path of a photograph") from error
+    except OSError as error:
+        raise PhotographError(f"{path}: cannot be read ({error.strerror}); give the path of a photograph") from error
+    if not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
+        raise PhotographError(f"{path}: is {found}, not a file; give the path of a photograph")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
