@@ -9,7 +9,7 @@ import torch
 
 from src import Segmenter
 from src.errors import DatasetError
-from src.photograph import PhotographError, list_photographs, read_photograph
+from src.photograph import PhotographError, read_photograph
 from src.reliability import reasons_for_doubt
 from src.roi_mask import choose_field_of_view, require_roi_mask
 from src.segmenter import PRETRAINED
@@ -26,7 +26,15 @@ from train_utils.command_line import (
 from train_utils.export import export_onnx
 from train_utils.files import make_output_folder, write_csv
 from train_utils.flags import add_amp_flags
-from train_utils.prediction_files import COLUMNS, Prediction, plan_outputs, progress_line, table_row, write_pictures
+from train_utils.prediction_files import (
+    COLUMNS,
+    Prediction,
+    find_photographs,
+    plan_outputs,
+    progress_line,
+    table_row,
+    write_pictures,
+)
 from train_utils.prediction_report import REPORT, THUMBNAILS, write_report
 from train_utils.settings import amp_dtype, settle_amp
 
@@ -43,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
         export_onnx(args.weights, args.export)
         print(f"{args.export}: the model of {args.weights} as ONNX")
         return
-    photographs = list_photographs(args.image)
+    photographs = find_photographs(args)
     table, masks = plan_outputs(photographs, args)
     require_roi_mask(args.roi_mask)
     model, checkpoint = load_model(args.weights, device)
@@ -151,8 +159,9 @@ def get_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["./DRIVE/test/images/01_test.tif"],
         metavar="PATH",
-        help="photographs: files, folders or glob patterns",
+        help="photographs: files, folders or glob patterns; one that begins with a dash as --image=-name",
     )
+    add_switch(parser, "--recursive", default=False, help="look into the folders of a folder too, except hidden ones")
     add(
         "--roi-mask",
         metavar="PATH",

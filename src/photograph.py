@@ -4,7 +4,7 @@ import glob
 import os
 import stat
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -146,21 +146,35 @@ def _to_8_bit(grey: np.ndarray) -> np.ndarray:
     return np.rint(grey.clip(min=0) * (255 / white)).astype(np.uint8)
 
 
-def list_photographs(names: Iterable[str | Path]) -> list[Path]:
+def list_photographs(
+    names: Iterable[str | Path],
+    recursive: bool = False,
+    leave_out: Callable[[Path], bool] = lambda file: False,
+) -> list[Path]:
     """The photographs that files, folders and glob patterns name, each once; those of a folder or pattern sorted.
 
-    A file may have any name; of a folder only its visible files with the ending of an image count.
+    A file may have any name; of a folder only its visible files with the ending of an image count. Whether they can be
+    read shows when they are.
+
+    Args:
+        names: of files, folders and patterns.
+        recursive: look into the folders of a folder too; hidden ones and links to folders are passed over.
+        leave_out: which files of a folder or pattern are no photographs.
 
     Raises:
-        PhotographError: a name stands for no file at all.
+        PhotographError: a name stands for no file at all, or a folder cannot be listed.
     """
     photographs: dict[str, Path] = {}
     for name in names:
-        path = Path(name)
-        matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]
+        named = os.path.lexists(name)
+        matches = [Path(name)] if named else [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]
         if not matches:
             raise PhotographError(f"{name}: no such file or folder, and no file matches it as a pattern")
-        found = [file for match in matches for file in (images_in(match) if match.is_dir() else [match])]
+        if named and not os.path.isdir(name):
+            found = matches
+        else:
+            files = (file for path in matches for file in (images_in(path, recursive) if path.is_dir() else [path]))
+            found = [file for file in files if not leave_out(file)]
         if not found:
             endings = ", ".join(sorted(IMAGE_SUFFIXES))
             raise PhotographError(f"{name}: no photographs there; looked for files that end in {endings}")
@@ -168,13 +182,25 @@ def list_photographs(names: Iterable[str | Path]) -> list[Path]:
     return list(photographs.values())
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder, sorted by name; none where there is no such folder."""
-    if not folder.is_dir():
-        return []
-    # The order of a directory differs between machines. Archives made on a Mac hold "._name" companions.
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
+def images_in(folder: Path, recursive: bool = False) -> list[Path]:
+    """The image files of a folder, sorted by name; none where there is no such folder.
+
+    Links that lead nowhere count, so that a photograph that is missing is not overlooked.
+
+    Raises:
+        PhotographError: a folder cannot be listed.
+    """
+    images: list[Path] = []
+    try:
+        for place, folders, names in os.walk(folder, onerror=_raise) if os.path.isdir(folder) else ():
+            # Archives made on a Mac hold "._name" companions.
+            visible = [name for name in names if not name.startswith(".")]
+            images += [Path(place, name) for name in visible if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+            folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+    except OSError as error:
+        raise PhotographError(f"{error.filename}: cannot be listed ({error.strerror}); give another folder") from error
+    return sorted(images)  # the order of a directory differs between machines
+
+
+def _raise(error: OSError) -> None:
+    raise error
