@@ -5,11 +5,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from src import Segmenter
 from src.errors import DatasetError
-from src.photograph import PhotographError, read_photograph
+from src.photograph import PhotographError, page_and_pages, read_photograph
 from src.reliability import reasons_for_doubt
 from src.roi_mask import choose_field_of_view, require_roi_mask
 from src.segmenter import PRETRAINED
@@ -26,6 +24,7 @@ from train_utils.command_line import (
 from train_utils.export import export_onnx
 from train_utils.files import make_output_folder, write_csv
 from train_utils.flags import add_amp_flags
+from train_utils.memory import memory_for
 from train_utils.prediction_files import (
     COLUMNS,
     Prediction,
@@ -91,13 +90,12 @@ def predict(path: Path, segmenter: Segmenter, args: argparse.Namespace) -> Predi
     """Read a photograph, find its field of view and segment it.
 
     Raises:
-        DatasetError: the photograph or its ROI mask cannot be used.
-        UsageError: the photograph does not fit into the memory of a GPU.
+        DatasetError: the photograph or its ROI mask cannot be used, or does not fit into memory.
     """
-    photograph = read_photograph(path)
-    field_of_view, retina = choose_field_of_view(path, photograph, args.roi_mask)
-    started = time.perf_counter()
-    try:
+    with memory_for(path):
+        photograph = read_photograph(path)
+        field_of_view, retina = choose_field_of_view(path, photograph, args.roi_mask)
+        started = time.perf_counter()
         segmentation = segmenter(
             photograph,
             field_of_view,
@@ -108,10 +106,11 @@ def predict(path: Path, segmenter: Segmenter, args: argparse.Namespace) -> Predi
             tile=args.tile,
             batch_size=args.batch_size,
         )
-    except torch.OutOfMemoryError as error:
-        raise UsageError(f"--tile: {path} does not fit into the GPU's memory; try --tile 512 --batch-size 1") from error
-    seconds = time.perf_counter() - started
-    warnings = reasons_for_doubt(photograph, retina, segmentation.vessel_share, segmentation.reliability)
+        seconds = time.perf_counter() - started
+        warnings = reasons_for_doubt(photograph, retina, segmentation.vessel_share, segmentation.reliability)
+    page, pages = page_and_pages(path)
+    if pages > 1:
+        warnings.append(f"page {page} of {pages}, the largest")
     return Prediction(**vars(segmentation), path=path, inference_seconds=seconds, warnings=warnings)
 
 

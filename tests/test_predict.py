@@ -16,7 +16,7 @@ from my_dataset import DRIVE_MEAN, DRIVE_STD, DriveDataset
 from src import create_model, segmenter
 from src.field_of_view import find_field_of_view
 from src.inference import for_inference
-from src.photograph import read_photograph
+from src.photograph import PhotographError, read_photograph
 from src.roi_mask import choose_field_of_view
 from src.segment import normalise, segment
 from tests.pictures import disc
@@ -752,12 +752,64 @@ def test_wrong_flags(flags, capsys):
     assert flags.split()[0] in line
 
 
-def test_too_large_for_a_gpu(tmp_path, weights, photographs, monkeypatch, capsys):
-    def full(*args, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
 
-    monkeypatch.setattr(segmenter, "segment", full)
-    assert "--tile" in fails(capsys, "--weights", weights, "--image", photographs / "01.png")
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ..."), "into the GPU's memory; try --tile 512"),
+        (
+            RuntimeError(CPU_MESSAGE + "to allocate 4 bytes. Error code 12\nmore"),
+            "memory: you tried to allocate 4 bytes);",
+        ),
+        (MemoryError(), "into memory (out of memory); try a smaller --scale"),
+    ],
+)
+@pytest.mark.parametrize("place", ["src.segmenter.segment", "train_utils.prediction_files.draw_overlay"])
+def test_too_little_memory_is_a_failure_of_the_photograph(
+    tmp_path, weights, photographs, monkeypatch, capsys, error, message, place
+):
+    def full(*args, **options):
+        raise error
+
+    flags = ("--weights", weights, "--overlay", "--output", tmp_path / "out", "--image")
+    with monkeypatch.context() as patch:
+        patch.setattr(place, full)
+        line = fails(capsys, *flags, photographs / "01.png")
+        assert line.startswith(f"__main__.py: error: {photographs / '01.png'}: does not fit ") and message in line
+    turns = iter([full, segment, segment, segment])
+    monkeypatch.setattr(segmenter, "segment", lambda *args, **options: next(turns)(*args, **options))
+    with pytest.raises(PhotographError, match="1 of 4 photographs failed"):
+        run(*flags, photographs)
+    assert len(table(tmp_path / "out")) == 3
+
+
+def test_other_errors_keep_their_traceback(weights, photographs, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr(segmenter, "segment", broken)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        run("--weights", weights, "--image", photographs)
+
+
+@pytest.mark.parametrize("scale", ["300", "1e9", "1e308"])
+def test_a_scale_that_makes_too_many_pixels(tmp_path, weights, photographs, capsys, scale):
+    message = fails(capsys, "--weights", weights, "--image", photographs / "01.png", "--scale", scale)
+    assert f"01.png: does not fit into memory ({'518 megapixels at' if scale == '300' else ''}" in message
+    assert f"scale {float(scale):g}); try a smaller --scale" in message
+
+
+def test_the_page_of_a_tiff_is_said(tmp_path, weights, photographs, capsys):
+    Image.open(photographs / "01.png").convert("RGB").save(tmp_path / "one.tif")
+    Image.new("RGB", (20, 18)).save(tmp_path / "a.tif", save_all=True, append_images=[Image.open(tmp_path / "one.tif")])
+    for name in ("a", "one"):
+        run("--weights", weights, "--image", tmp_path / f"{name}.tif", "--output", tmp_path / name)
+    (paged,), (single,) = table(tmp_path / "a"), table(tmp_path / "one")
+    assert paged["warning"].split("; ") == [*single["warning"].split("; "), "page 2 of 2, the largest"]
+    assert capsys.readouterr().out.count(", page 2 of 2, the largest -> ") == 1
+    assert np.array_equal(pixels(tmp_path / "a" / "a_vessels.png"), pixels(tmp_path / "one" / "one_vessels.png"))
 
 
 # ---- real photographs

@@ -20,6 +20,7 @@ from src.photograph import IMAGE_SUFFIXES, PhotographError, images_in, list_phot
 
 from .command_line import UsageError
 from .files import replace_whole
+from .memory import memory_for
 from .prediction_report import REPORT, THUMBNAILS, thumbnail_paths, write_thumbnails
 
 TABLE = "predictions.csv"
@@ -165,7 +166,17 @@ def beside(mask: Path, kind: str) -> Path:
 
 
 def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace) -> None:
-    """Write the mask, and with --save-prob, --overlay and --report the other pictures beside it."""
+    """Write the mask, and with --save-prob, --overlay and --report the other pictures beside it.
+
+    Raises:
+        OutputError: they cannot be written.
+        PhotographError: the memory does not suffice.
+    """
+    with memory_for(prediction.path):
+        _write_pictures(prediction, mask, args)
+
+
+def _write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace) -> None:
     two_classes = len(prediction.probabilities) == 1
     pictures = {mask: prediction.labels * np.uint8(255) if two_classes else prediction.labels}
     if args.save_prob:
