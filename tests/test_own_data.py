@@ -546,6 +546,28 @@ def test_compare_takes_what_the_scripts_write(shared_drive, own, working_directo
     assert title.startswith("1 files, 4 photographs, 4 scores") and "paired difference +0.0000" in dice
 
 
+# ---- labels that can hardly be right
+
+
+def test_empty_and_inverted_labels_are_said(shared_drive, working_directory, capsys):
+    for name, changes in (
+        ("good", {}),
+        ("odd", {0: np.zeros_like, 2: np.invert, 5: np.invert}),
+        ("one", {1: np.zeros_like}),
+    ):
+        plain(shared_drive, Path(name))
+        for number, change in changes.items():
+            path = sorted(Path(name, "labels").iterdir())[number]
+            Image.fromarray(change(np.array(Image.open(path)))).save(path)
+    run("--data-path", "odd", "good", "one", "--epochs", 1, "--val-split", 1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    half = "have vessels in more than half of the field of view, as if black and white were exchanged"
+    assert lines == [
+        f"warning: of the 6 labels of odd, 1 have no vessels, and 2 {half} (odd/labels/23_eye_vessels.bmp, ...)",
+        f"warning: of the 6 labels of one, 1 have no vessels, and 0 {half} (one/labels/22_eye_vessels.bmp)",
+    ]
+
+
 # ---- odd files and names
 
 
