@@ -161,6 +161,11 @@ class DriveDataset(Dataset):
         """What the photographs were resized by: the median, or of several data sets the middle one of their medians."""
         return statistics.median_low(statistics.median(data.scales) for data in self.by_root().values())
 
+    def vessel_shares(self) -> list[float]:
+        """The share of each photograph's field of view that is vessel of any class; 0 of an empty one."""
+        inside = [label[label != OUTSIDE] for label in self.labels]
+        return [np.count_nonzero(classes != BACKGROUND) / max(classes.size, 1) for classes in inside]
+
     def require_classes(self, num_classes: int) -> None:
         """Raise where a class occurs in no label of a data set: nothing could be learned or scored of it.
 

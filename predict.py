@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-
 from src import Segmenter
 from src.errors import DatasetError
-from src.photograph import PhotographError, list_photographs, read_photograph
+from src.photograph import PhotographError, page_and_pages, read_photograph
 from src.reliability import reasons_for_doubt
 from src.roi_mask import choose_field_of_view, require_roi_mask, roi_mask_path
 from src.segmenter import PRETRAINED
@@ -34,11 +32,13 @@ from train_utils.command_line import (
 from train_utils.export import export_onnx
 from train_utils.files import make_output_folder
 from train_utils.in_order import in_order
+from train_utils.memory import memory_for
 from train_utils.mixed_precision import add_amp_flags, amp_dtype, settle_amp
 from train_utils.normalization import add_normalization_flags, settle_normalization
 from train_utils.prediction_files import (
     Prediction,
     facts,
+    find_photographs,
     picture_paths,
     plan_outputs,
     progress_line,
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         export_onnx(args.weights, args.export, functools.partial(settle_normalization, args))
         print(f"{args.export}: the model of {args.weights} as ONNX")
         return
-    photographs = list_photographs(args.image)
+    photographs = find_photographs(args)
     table, masks = plan_outputs(photographs, args)
     require_roi_mask(args.roi_mask)
     model, checkpoint = load_model(args.weights, device)
@@ -135,7 +135,8 @@ def work_on(
             if same and all(picture.exists() for picture in picture_paths(mask, args)):
                 return Outcome(path, former, f"{path}: segmented before -> {mask}", kept=True)
         prediction = predict(path, segmenter, args)
-        write_pictures(prediction, mask, args)
+        with memory_for(path):
+            write_pictures(prediction, mask, args)
         row |= facts(prediction, time.perf_counter() - started)
         return Outcome(path, row, f"{progress_line(prediction)} -> {mask}")
     except DatasetError as error:
@@ -163,13 +164,12 @@ def predict(path: Path, segmenter: Segmenter, args: argparse.Namespace) -> Predi
     """Read a photograph, find its field of view and segment it.
 
     Raises:
-        DatasetError: the photograph or its ROI mask cannot be used.
-        UsageError: the photograph does not fit into the memory of a GPU.
+        DatasetError: the photograph or its ROI mask cannot be used, or does not fit into memory.
     """
-    photograph = read_photograph(path)
-    field_of_view, retina = choose_field_of_view(path, photograph, args.roi_mask)
-    started = time.perf_counter()
-    try:
+    with memory_for(path):
+        photograph = read_photograph(path)
+        field_of_view, retina = choose_field_of_view(path, photograph, args.roi_mask)
+        started = time.perf_counter()
         segmentation = segmenter(
             photograph,
             field_of_view,
@@ -180,10 +180,11 @@ def predict(path: Path, segmenter: Segmenter, args: argparse.Namespace) -> Predi
             tile=args.tile,
             batch_size=args.batch_size,
         )
-    except torch.OutOfMemoryError as error:
-        raise UsageError(f"--tile: {path} does not fit into the GPU's memory; try --tile 512 --batch-size 1") from error
-    seconds = time.perf_counter() - started
-    warnings = reasons_for_doubt(photograph, retina, segmentation.vessel_share, segmentation.reliability)
+        seconds = time.perf_counter() - started
+        warnings = reasons_for_doubt(photograph, retina, segmentation.vessel_share, segmentation.reliability)
+    page, pages = page_and_pages(path)
+    if pages > 1:
+        warnings.append(f"page {page} of {pages}, the largest")
     return Prediction(**vars(segmentation), path=path, inference_seconds=seconds, warnings=warnings)
 
 
@@ -234,8 +235,9 @@ def get_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["./DRIVE/test/images/01_test.tif"],
         metavar="PATH",
-        help="photographs: files, folders or glob patterns",
+        help="photographs: files, folders or glob patterns; one that begins with a dash as --image=-name",
     )
+    add_switch(parser, "--recursive", default=False, help="look into the folders of a folder too, except hidden ones")
     add(
         "--roi-mask",
         metavar="PATH",

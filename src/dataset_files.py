@@ -1,13 +1,14 @@
 """The files of a labelled data set: each photograph with its label, its ROI mask and its second observer's label."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from .errors import DatasetError
-from .photograph import images_in
+from .photograph import images_in, require_file
 
 LABEL_FOLDERS = ("1st_manual", "labels", "masks_manual", "manual1")
 LABEL_ENDINGS = ("", "_manual1", "_mask", "_label", "_vessel", "_vessels", "_1stHO", "_gt")
@@ -38,13 +39,21 @@ class LabelledPhotograph:
 
     @property
     def digest(self) -> str:
-        """What tells the photograph from any other, wherever it lies: the start of the SHA-256 of its file."""
+        """What tells the photograph from any other, wherever it lies: the start of the SHA-256 of its file.
+
+        Raises:
+            DatasetError: the file cannot be read.
+        """
+        require_file(self.photograph)
         return _digest(self.photograph, self.photograph.stat().st_mtime_ns)
 
 
 @cache
 def _digest(path: Path, modified: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read ({error.strerror}); copy the file anew from its source") from error
 
 
 def find_parts(root: str | Path) -> dict[str, Path]:
@@ -293,9 +302,9 @@ def require_different(training: Sequence[LabelledPhotograph], others: Sequence[L
     Raises:
         DatasetError: there is such a photograph.
     """
-    files: set[Path] = set()
+    files: set[str] = set()
     for item in (*training, *others):
-        if (file := item.photograph.resolve()) in files:
+        if (file := os.path.realpath(item.photograph)) in files:
             raise DatasetError(f"--data-path: {item.photograph} is named twice; name each data set once")
         files.add(file)
     trained = {item.digest: item.photograph for item in training} if others else {}
@@ -314,7 +323,7 @@ def _fold(photographs: Sequence[LabelledPhotograph], number: int, folds: int) ->
             f"--fold {number}/{folds}: {photographs[0].photograph.parent} holds {len(photographs)} photographs, too "
             f"few for {folds} folds"
         )
-    shuffled = sorted(photographs, key=lambda item: hashlib.sha256(item.photograph.name.encode()).digest())
+    shuffled = sorted(photographs, key=lambda item: hashlib.sha256(os.fsencode(item.photograph.name)).digest())
     yield from shuffled[number - 1 :: folds]
 
 

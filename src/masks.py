@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import DatasetError
-from .photograph import open_image, to_rgb
+from .photograph import load_image, to_rgb
 
 DARKEST_WHITE, LIGHTEST_BLACK = 192, 64  # levels of 255
 LARGEST_SMEAR = 0.01  # share of the pixels between them, as JPEG leaves beside edges
@@ -20,8 +20,7 @@ def read_binary_mask(path: str | Path) -> np.ndarray:
     Raises:
         DatasetError: it cannot be read, or holds other values.
     """
-    with open_image(path) as image:
-        grey = np.array(to_rgb(image).convert("L"))
+    grey = np.array(to_rgb(load_image(path)).convert("L"))
     if grey.max() <= 1:
         return grey == 1
     between = (grey > LIGHTEST_BLACK) & (grey < DARKEST_WHITE)
@@ -46,8 +45,8 @@ def read_classes(path: str | Path, num_classes: int) -> np.ndarray:
     """
     if num_classes == 1:
         return read_binary_mask(path).astype(np.uint8)
-    with open_image(path) as image:
-        levels = np.array(image if image.mode == "P" else to_rgb(image).convert("L"))
+    image = load_image(path)
+    levels = np.array(image if image.mode == "P" else to_rgb(image).convert("L"))
     if ((levels > num_classes) & (levels != 255)).any():
         raise DatasetError(
             f"{path}: holds the values {_list(np.unique(levels))}, but --num-classes {num_classes} allows 0 "

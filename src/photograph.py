@@ -2,8 +2,10 @@
 
 import glob
 import os
+import stat
+import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,36 +14,34 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import DatasetError
 
-IMAGE_SUFFIXES = frozenset((".tif", ".tiff", ".png", ".jpg", ".jpeg", ".gif", ".bmp", ".ppm", ".pgm", ".webp"))
+# Pillow's name of each format that is read, with the endings of its files. Pillow knows more, and hands some of them
+# to other programs.
+FORMATS = {
+    "TIFF": (".tif", ".tiff"),
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm"),
+    "WEBP": (".webp",),
+}
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+
+_WARNINGS = threading.RLock()  # `catch_warnings` changes the whole process, and threads read photographs at once
 
 
 class PhotographError(DatasetError):
     """An image file cannot be used as a photograph; the message names it, what was found and what to do."""
 
 
-@contextmanager
-def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image file of any format and mode that Pillow knows, the way up it is shown.
+def load_image(path: str | Path) -> Image.Image:
+    """Decode an image file of any of FORMATS and any mode, the way up it is shown; of a TIFF its largest page.
 
     Raises:
         PhotographError: no such file, no image, a damaged one, or one of more than about 180 megapixels.
     """
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of odd metadata, and from 90 megapixels on; it refuses from 180.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                yield ImageOps.exif_transpose(image)
-    except FileNotFoundError as error:
-        raise PhotographError(f"{path}: no such file; give the path of a photograph") from error
-    except UnidentifiedImageError as error:
-        raise PhotographError(f"{path}: not an image; give a photograph (tif, png, jpg, ...)") from error
-    except Image.DecompressionBombError as error:
-        raise PhotographError(f"{path}: has more than 180 megapixels; shrink it first") from error
-    # Pillow reports damaged files by whatever its decoders run into.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PhotographError(f"{path}: cannot be read ({reason}); copy the file anew from its source") from error
+    with _open(path) as image:
+        return ImageOps.exif_transpose(image)
 
 
 def read_photograph(path: str | Path) -> np.ndarray:
@@ -50,20 +50,86 @@ def read_photograph(path: str | Path) -> np.ndarray:
     16-bit and floating-point greys are brought to 8 bits; transparent parts become black, as outside the field of view.
 
     Raises:
-        PhotographError: as `open_image`.
+        PhotographError: as `load_image`.
     """
-    with open_image(path) as image:
-        return np.array(to_rgb(image))
+    return np.array(to_rgb(load_image(path)))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height in pixels of an image file, which is not decoded for it (unless it is stored turned).
+    """Width and height in pixels of an image file, as it is shown.
 
     Raises:
-        PhotographError: as `open_image`.
+        PhotographError: as `load_image`.
     """
-    with open_image(path) as image:
-        return image.size
+    return load_image(path).size
+
+
+def page_and_pages(path: str | Path) -> tuple[int, int]:
+    """The number, from 1, of the page of an image file that is read, and how many it has; of all but TIFF (1, 1).
+
+    Raises:
+        PhotographError: as `load_image`.
+    """
+    with _open(path) as image:
+        return image.tell() + 1, len(_pages(path)) if image.format == "TIFF" else 1
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file, at its largest page; whatever goes wrong meanwhile is the file's fault."""
+    require_file(path)
+    try:
+        with _WARNINGS, warnings.catch_warnings():
+            # Pillow warns of odd metadata, and from 90 megapixels on; it refuses from 180.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=list(FORMATS)) as image:
+                if image.format == "TIFF" and len(pages := _pages(path)) > 1:
+                    image.seek(pages.index(max(pages)))
+                yield image
+    except UnidentifiedImageError as error:
+        *first, last = (suffixes[0].removeprefix(".") for suffixes in FORMATS.values())
+        raise PhotographError(f"{path}: not an image of a known format; give {', '.join(first)} or {last}") from error
+    except Image.DecompressionBombError as error:
+        raise PhotographError(f"{path}: has more than 180 megapixels; shrink it first") from error
+    except MemoryError as error:
+        raise PhotographError(f"{path}: does not fit into memory; shrink it first") from error
+    # Pillow reports damaged files by whatever its decoders run into.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise PhotographError(f"{path}: cannot be read ({reason}); copy the file anew from its source") from error
+
+
+def _pages(path: str | Path) -> list[int]:
+    """The number of pixels of each page of a TIFF, up to the first one that cannot be found."""
+    pixels: list[int] = []
+    # A file of its own: after a page that is damaged, Pillow cannot go back.
+    with Image.open(path, formats=["TIFF"]) as image:
+        try:
+            while True:
+                image.seek(len(pixels))
+                pixels.append(image.width * image.height)
+        except Image.DecompressionBombError:
+            raise
+        except Exception:  # EOFError after the last page; of a damaged one, anything
+            return pixels
+
+
+def require_file(path: str | Path) -> None:
+    """Raise unless a path is that of a file; to open a FIFO would wait forever.
+
+    Raises:
+        PhotographError: it is not.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        found = "a link to a file that is not there" if os.path.islink(path) else "no such file"
+        raise PhotographError(f"{path}: {found}; give the path of a photograph") from error
+    except OSError as error:
+        raise PhotographError(f"{path}: cannot be read ({error.strerror}); give the path of a photograph") from error
+    if not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
+        raise PhotographError(f"{path}: is {found}, not a file; give the path of a photograph")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -83,21 +149,35 @@ def _to_8_bit(grey: np.ndarray) -> np.ndarray:
     return np.rint(grey.clip(min=0) * (255 / white)).astype(np.uint8)
 
 
-def list_photographs(names: Iterable[str | Path]) -> list[Path]:
+def list_photographs(
+    names: Iterable[str | Path],
+    recursive: bool = False,
+    leave_out: Callable[[Path], bool] = lambda file: False,
+) -> list[Path]:
     """The photographs that files, folders and glob patterns name, each once; those of a folder or pattern sorted.
 
-    A file may have any name; of a folder only its visible files with the ending of an image count.
+    A file may have any name; of a folder only its visible files with the ending of an image count. Whether they can be
+    read shows when they are.
+
+    Args:
+        names: of files, folders and patterns.
+        recursive: look into the folders of a folder too; hidden ones and links to folders are passed over.
+        leave_out: which files of a folder or pattern are no photographs.
 
     Raises:
-        PhotographError: a name stands for no file at all.
+        PhotographError: a name stands for no file at all, or a folder cannot be listed.
     """
     photographs: dict[str, Path] = {}
     for name in names:
-        path = Path(name)
-        matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]
+        named = os.path.lexists(name)
+        matches = [Path(name)] if named else [Path(match) for match in sorted(glob.glob(str(name), recursive=True))]
         if not matches:
             raise PhotographError(f"{name}: no such file or folder, and no file matches it as a pattern")
-        found = [file for match in matches for file in (images_in(match) if match.is_dir() else [match])]
+        if named and not os.path.isdir(name):
+            found = matches
+        else:
+            files = (file for path in matches for file in (images_in(path, recursive) if path.is_dir() else [path]))
+            found = [file for file in files if not leave_out(file)]
         if not found:
             endings = ", ".join(sorted(IMAGE_SUFFIXES))
             raise PhotographError(f"{name}: no photographs there; looked for files that end in {endings}")
@@ -105,13 +185,25 @@ def list_photographs(names: Iterable[str | Path]) -> list[Path]:
     return list(photographs.values())
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder, sorted by name; none where there is no such folder."""
-    if not folder.is_dir():
-        return []
-    # The order of a directory differs between machines. Archives made on a Mac hold "._name" companions.
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
+def images_in(folder: Path, recursive: bool = False) -> list[Path]:
+    """The image files of a folder, sorted by name; none where there is no such folder.
+
+    Links that lead nowhere count, so that a photograph that is missing is not overlooked.
+
+    Raises:
+        PhotographError: a folder cannot be listed.
+    """
+    images: list[Path] = []
+    try:
+        for place, folders, names in os.walk(folder, onerror=_raise) if os.path.isdir(folder) else ():
+            # Archives made on a Mac hold "._name" companions.
+            visible = [name for name in names if not name.startswith(".")]
+            images += [Path(place, name) for name in visible if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+            folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+    except OSError as error:
+        raise PhotographError(f"{error.filename}: cannot be listed ({error.strerror}); give another folder") from error
+    return sorted(images)  # the order of a directory differs between machines
+
+
+def _raise(error: OSError) -> None:
+    raise error

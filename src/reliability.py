@@ -37,6 +37,7 @@ CONSTANT, WEIGHT_OF_AGREEMENT, WEIGHT_OF_EDGES = -0.312, 0.245, 0.116
 SMALLEST_DOUBT = 0.02  # added to agreement and disagreement, so that their ratio stays finite
 
 # Limits of the warnings. Behind them is what the study found: the 17 photographs as they are, then ARIA's.
+LEAST_SPREAD = 1.0  # standard deviation of the levels of the liveliest channel; a single colour has 0
 LEAST_BRIGHTNESS = 60  # mean level of the brightest channel; 130 and more, 83 and more
 SHARP_DIAMETER = 720  # pixels across the field of view at which sharpness is measured
 LEAST_SHARPNESS = 0.37  # 0.48 and more, 0.38 and more; blurred copies 0.20 to 0.41
@@ -99,6 +100,7 @@ def reasons_for_doubt(
     no_border = is_rectangle(retina)
     reasons = {
         "no border found": no_border,
+        "of one colour": spread(photograph, retina) < LEAST_SPREAD,
         "too dark": brightness(photograph, retina) < LEAST_BRIGHTNESS,
         # Without a border the size of details is unknown, as in a close-up.
         "blurred": not no_border and sharpness(photograph, retina) < LEAST_SHARPNESS,
@@ -117,6 +119,11 @@ def is_rectangle(retina: np.ndarray) -> bool:
 def brightness(photograph: np.ndarray, retina: np.ndarray) -> float:
     """The mean level, 0 to 255, of the brightest channel inside the retina."""
     return max(float(photograph[..., channel][retina].mean()) for channel in range(3)) if retina.any() else 0.0
+
+
+def spread(photograph: np.ndarray, retina: np.ndarray) -> float:
+    """The standard deviation of the levels inside the retina, of the channel where it is largest."""
+    return max(float(photograph[..., channel][retina].std()) for channel in range(3)) if retina.any() else 0.0
 
 
 def sharpness(photograph: np.ndarray, retina: np.ndarray) -> float:

@@ -1,5 +1,6 @@
 """The choice of a photograph's field of view: a given ROI mask, one beside the photograph, or the photograph itself."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from .photograph import PhotographError, list_photographs
 
 
 def require_roi_mask(choice: str | None) -> None:
-    if choice not in (None, "auto", "none") and not Path(choice).exists():
+    if choice not in (None, "auto", "none") and not os.path.exists(choice):
         raise PhotographError(f"--roi-mask {choice}: no such file or folder; give one, or auto, or none")
 
 
@@ -41,8 +42,8 @@ def roi_mask_path(path: Path, choice: str | None) -> Path | None:
         return None
     if choice is None:
         beside = path.parent.parent / "mask" / f"{path.stem}_mask.gif"  # as in DRIVE
-        return beside if beside.is_file() else None
-    if Path(choice).is_file():
+        return beside if os.path.isfile(beside) else None
+    if not os.path.isdir(choice):
         return Path(choice)
     stems = path.stem, f"{path.stem}_mask"
     matches = [file for file in list_photographs([choice]) if file.stem in stems]

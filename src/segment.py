@@ -18,6 +18,7 @@ SMALLEST_INPUT = 16  # pixels; the least side of the U-Net's input
 GRID = 32  # pixels; in tiles that begin at multiples of this, poolings group the same pixels as in the whole picture
 SAME_SCALE = 0.05
 LARGEST_SCALE = 4.0
+LARGEST_RESIZED = 180_000_000  # pixels, as of the largest file that is read; more would have the process ended
 
 # How fast the log-odds at which a vessel ends grow with the logarithm of the shrinking. Labels that were drawn in few
 # pixels are wide for them, so a photograph that is shrunk to these pixels gets vessels that are too wide. Measured with
@@ -85,8 +86,14 @@ def widening(scale: float, trained_scale: float | None) -> float:
 
 
 def rescale(photograph: np.ndarray, scale: float) -> np.ndarray:
-    """A photograph, uint8 [H, W, 3], resized by a factor: uint8 [scale * H, scale * W, 3]."""
+    """A photograph, uint8 [H, W, 3], resized by a factor: uint8 [scale * H, scale * W, 3].
+
+    Raises:
+        MemoryError: it would have more than LARGEST_RESIZED pixels.
+    """
     height, width = photograph.shape[:2]
+    if (pixels := width * scale * height * scale) > LARGEST_RESIZED:
+        raise MemoryError(f"{pixels / 1e6:.3g} megapixels at scale {scale:g}")
     size = max(1, round(width * scale)), max(1, round(height * scale))
     # As the training preset resizes.
     return np.array(Image.fromarray(photograph).resize(size, Image.Resampling.BILINEAR))

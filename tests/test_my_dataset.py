@@ -53,6 +53,11 @@ def test_order_does_not_depend_on_the_directory(drive, monkeypatch):
         def __exit__(self, *error):
             pass
 
+        def __next__(self):
+            if not self:
+                raise StopIteration
+            return self.pop(0)
+
         def close(self):
             pass
 

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -541,3 +544,68 @@ def test_compare_takes_what_the_scripts_write(shared_drive, own, working_directo
     compare.main(compare.get_parser().parse_args(["out/scores.json", "--against", "alone/scores.json"]))
     title, dice, *_ = capsys.readouterr().out.splitlines()
     assert title.startswith("1 files, 4 photographs, 4 scores") and "paired difference +0.0000" in dice
+
+
+# ---- labels that can hardly be right
+
+
+def test_empty_and_inverted_labels_are_said(shared_drive, working_directory, capsys):
+    for name, changes in (
+        ("good", {}),
+        ("odd", {0: np.zeros_like, 2: np.invert, 5: np.invert}),
+        ("one", {1: np.zeros_like}),
+    ):
+        plain(shared_drive, Path(name))
+        for number, change in changes.items():
+            path = sorted(Path(name, "labels").iterdir())[number]
+            Image.fromarray(change(np.array(Image.open(path)))).save(path)
+    run("--data-path", "odd", "good", "one", "--epochs", 1, "--val-split", 1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    half = "have vessels in more than half of the field of view, as if black and white were exchanged"
+    assert lines == [
+        f"warning: of the 6 labels of odd, 1 have no vessels, and 2 {half} (odd/labels/23_eye_vessels.bmp, ...)",
+        f"warning: of the 6 labels of one, 1 have no vessels, and 0 {half} (one/labels/22_eye_vessels.bmp)",
+    ]
+
+
+# ---- odd files and names
+
+
+@pytest.mark.parametrize("folder", ["images", "labels", "masks"])
+@pytest.mark.parametrize("odd", ["fifo", "loop", "broken", "postscript"])
+def test_odd_files_of_a_data_set_are_one_line(working_directory, shared_drive, capsys, folder, odd):
+    plain(shared_drive, Path("data"))
+    path = sorted(Path("data", folder).iterdir())[1]
+    path.unlink()
+    if odd == "fifo":
+        os.mkfifo(path)
+    elif odd == "postscript":
+        Image.new("L", (80, 72)).save(path, format="EPS")
+    else:
+        path.symlink_to(path.name if odd == "loop" else "missing.png")
+    message = fails(capsys, "--data-path", "data", "--epochs", "1")
+    reasons = {
+        "fifo": "is a FIFO",
+        "loop": "cannot be read (Too many",
+        "broken": "a link",
+        "postscript": "not an image",
+    }
+    assert f"{path}: {reasons[odd]}" in message
+
+
+def test_names_that_are_not_utf_8(working_directory, shared_drive):
+    plain(shared_drive, Path("data"))
+    for folder in ("images", "labels", "masks"):
+        for path in list(Path("data", folder).iterdir()):
+            path.rename(path.with_name(os.fsdecode(b"\xff") + path.name.partition("_")[0] + path.suffix))
+    flags = ["--data-path", "data", "--epochs", "1", "--fold", "1/3", *SMALL_RUN]
+    command = [sys.executable, Path(train.__file__), *flags]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0, done.stderr
+    assert b"held-out training (\\udcff" in done.stdout
+
+
+@pytest.mark.parametrize("path", ["a" * 300, "loop/data"])
+def test_paths_that_no_system_can_follow(working_directory, capsys, path):
+    Path("loop").symlink_to("loop")
+    assert path.partition("/")[0] in fails(capsys, "--data-path", path)

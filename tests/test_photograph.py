@@ -1,3 +1,4 @@
+import os
 import struct
 import warnings
 import zlib
@@ -7,7 +8,8 @@ import pytest
 from PIL import Image
 
 from src.field_of_view import field_of_view_diameter, find_field_of_view
-from src.photograph import PhotographError, list_photographs, read_photograph
+from src.masks import read_binary_mask, read_classes
+from src.photograph import FORMATS, PhotographError, list_photographs, page_and_pages, read_photograph
 
 
 def picture(height=24, width=40, seed=0):
@@ -164,7 +166,89 @@ def test_broken_files_are_named(tmp_path):
         assert message.startswith(f"{tmp_path / name}: ") and "\n" not in message
 
 
+@pytest.mark.parametrize("format", ["EPS", "ICO", "TGA", "PCX"])
+def test_formats_that_are_not_promised_are_not_opened(tmp_path, format):
+    # PostScript is a program, which Pillow has Ghostscript run.
+    path = tmp_path / "x.jpg"
+    Image.fromarray(picture(32, 32)).save(path, format=format)
+    for read in (read_photograph, read_binary_mask, lambda path: read_classes(path, 2), page_and_pages):
+        with pytest.raises(PhotographError, match="x.jpg: not an image of a known format; give tif, png, jpg, gif, "):
+            read(path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_format_needs_not_its_own_ending(tmp_path, format):
+    Image.fromarray(picture()).save(tmp_path / "x.jpg", format=format)
+    assert read_photograph(tmp_path / "x.jpg").shape == (24, 40, 3)
+
+
+@pytest.mark.parametrize(
+    "error", [struct.error("unpack"), KeyError(42), RuntimeError(), MemoryError(), ZeroDivisionError()]
+)
+def test_whatever_a_decoder_raises_is_the_fault_of_the_file(tmp_path, monkeypatch, error):
+    def fail(image):
+        raise error
+
+    path = tmp_path / "a.png"
+    Image.fromarray(picture()).save(path)
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(PhotographError, match="a.png: (cannot be read|does not fit into memory)"):
+        read_photograph(path)
+
+
+def save_pages(path, *pages):
+    first, *others = map(Image.fromarray, pages)
+    first.save(path, save_all=True, append_images=others)
+
+
+def test_of_a_tiff_the_largest_page_is_read(tmp_path):
+    thumbnail, page, same = picture(6, 6), picture(), picture(seed=1)
+    path = tmp_path / "a.tif"
+    for pages, used in (((thumbnail, page, same), 2), ((page, thumbnail), 1), ((same, page), 1), ((page,), 1)):
+        save_pages(path, *pages)
+        np.testing.assert_array_equal(read_photograph(path), pages[used - 1])
+        assert page_and_pages(path) == (used, len(pages))
+    mask = picture()[..., 0] > 120
+    save_pages(path, mask[:6, :6], mask)
+    np.testing.assert_array_equal(read_binary_mask(path), mask)
+    Image.fromarray(page).save(tmp_path / "a.gif", save_all=True, append_images=[Image.fromarray(same)])
+    assert page_and_pages(tmp_path / "a.gif") == (1, 1)
+
+
+def test_pages_that_are_damaged_or_huge(tmp_path, monkeypatch):
+    path = tmp_path / "a.tif"
+    save_pages(path, picture(), picture(60, 60))
+    content = path.read_bytes()
+    first_page = struct.unpack("<I", content[4:8])[0]
+    tags = struct.unpack("<H", content[first_page : first_page + 2])[0]
+    link = first_page + 2 + 12 * tags  # where the place of the next page is stored
+    for wrong in (first_page, len(content) - 3, 2**31):  # in a circle; in the middle of nothing; behind the end
+        path.write_bytes(content[:link] + struct.pack("<I", wrong) + content[link + 4 :])
+        np.testing.assert_array_equal(read_photograph(path), picture())
+    path.write_bytes(content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(PhotographError, match="megapixels"):
+        read_photograph(path)
+
+
 # ---- finding files
+
+
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "broken.png").symlink_to("missing.png")
+    names = {
+        tmp_path / "fifo.png": "is a FIFO, a socket or a device, not a file",
+        tmp_path / "loop.png": "cannot be read",
+        tmp_path / "broken.png": "a link to a file that is not there",
+        tmp_path / ("a" * 300 + ".png"): "cannot be read",
+        "/dev/zero": "is a FIFO, a socket or a device, not a file",
+    }
+    for name, reason in names.items():
+        with pytest.raises(PhotographError) as caught:
+            read_photograph(name)
+        assert str(caught.value).startswith(f"{name}: {reason}")
 
 
 def test_list_photographs(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from my_dataset import DRIVE_MEAN, DRIVE_STD, DriveDataset
 from src import create_model, segmenter
 from src.field_of_view import find_field_of_view
 from src.inference import for_inference
-from src.photograph import read_photograph
+from src.photograph import PhotographError, read_photograph
 from src.roi_mask import choose_field_of_view
 from src.segment import normalise, segment
 from tests.pictures import disc
@@ -245,12 +245,82 @@ def test_equal_stems_get_names_of_their_own(tmp_path, weights, photographs):
     assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "out" / "right_a_png_vessels.png").read_bytes()
 
 
-def test_stems_that_stay_equal_are_refused(tmp_path, weights, photographs, capsys):
-    for folder in ("one/left", "two/left"):
-        (tmp_path / folder).mkdir(parents=True)
-        Image.open(photographs / "01.png").save(tmp_path / folder / "a.png")
-    message = fails(capsys, "--weights", weights, "--image", tmp_path / "one/left", tmp_path / "two/left/a.png")
-    assert str(tmp_path / "one/left/a.png") in message and str(tmp_path / "two/left/a.png") in message
+def test_equal_stems_in_folders_of_equal_names(tmp_path, weights, photographs, capsys):
+    for number, folder in enumerate(("one/left", "two/left"), start=1):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        Image.open(photographs / f"0{number}.png").save(tmp_path / "in" / folder / "a.png")
+    flags = ("--weights", weights, "--output", tmp_path / "out")
+    run(*flags, "--image", tmp_path / "in/one/left", tmp_path / "in/two/left/a.png")
+    names = ["one_left_a_png_vessels.png", "two_left_a_png_vessels.png"]
+    assert files(tmp_path / "out") == [names[0], "predictions.csv", names[1]]
+    run(*flags[:2], "--image", photographs / "02.png", "--output", tmp_path / "alone.png")
+    assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "out" / names[1]).read_bytes()
+    (tmp_path / "in/one/left/a.png").rename(tmp_path / "in/two/left/A.png")  # the same name to some file systems
+    message = fails(capsys, *flags, "--image", tmp_path / "in/two/left")
+    assert str(tmp_path / "in/two/left/a.png") in message and str(tmp_path / "in/two/left/A.png") in message
+
+
+def test_recursive(tmp_path, weights, photographs, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = ["a/left/1.png", "a/2.png", "b/left/1.png", "b/.thumbnails/1.png"]
+    for number, name in enumerate(names, start=1):
+        (photographs / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(photographs / f"0{number}.png").save(photographs / name)
+    (photographs / "b" / "link").symlink_to(photographs)  # a circle
+    flags = ("--weights", weights, "--image", photographs / "a", photographs / "b", "--report", "--overlay")
+    assert "photographs/b: no photographs there" in fails(capsys, *flags)
+    for where in ((), ("--output", "photographs/b/left/masks"), ("--output", "photographs/b/left/masks")):
+        run(*flags, "--recursive", *where)
+        out = tmp_path / (where[1] if where else "predictions")
+        assert [row["file"] for row in table(out)] == [str(photographs / name) for name in (names[1], *names[:3:2])]
+        masks = ["2_vessels.png", "a_left_1_png_vessels.png", "b_left_1_png_vessels.png"]
+        assert [name for name in files(out) if name.endswith("vessels.png")] == masks
+    left_out = (
+        f"12 pictures that this program wrote ({photographs}/b/left/masks/2_overlay.png, ...)"  # 6 are thumbnails
+    )
+    assert [line for line in capsys.readouterr().out.splitlines() if "left out" in line] == [
+        f"--image: left out {left_out}; name them as files to take them for photographs"
+    ]
+
+
+def test_pictures_of_an_earlier_run_are_no_photographs(working_directory, weights, photographs, capsys):
+    Image.open(photographs / "01.png").save("a.png")
+    flags = ("--weights", weights, "--overlay", "--save-prob", "--image")
+    written = ["a.png", "test_result.png", "test_result_overlay.png", "test_result_probability.png"]
+    for images in ([Path()], [Path()], ["*.png"]):
+        run(*flags, *images)
+        assert files(working_directory) == written
+    for output, left_out in (("b.png", 3), ("b.png", 6), ("a_vessels.png", 3), ("a_vessels.png", 6)):
+        capsys.readouterr()
+        run(*flags, ".", "--output", output)
+        assert f"left out {left_out} pictures that this program wrote (" in capsys.readouterr().out
+        if left_out == 6:
+            for name in ("b.png", "b_overlay.png", "b_probability.png"):  # only the flag tells that b.png is one
+                Path(name).unlink(missing_ok=True)
+    run(*flags, "a.png", "test_result.png")  # as files they are photographs
+    assert len(table(working_directory / "predictions")) == 2
+
+
+def test_photographs_are_never_taken_for_pictures_of_this_program(working_directory, weights, photographs, capsys):
+    for name in ("a.png", "test_result.png", "c_vessels.png"):
+        Image.open(photographs / "01.png").convert("L" if name == "test_result.png" else "RGB").save(name)
+    before = {name: Path(name).read_bytes() for name in files(working_directory)}
+    assert "is one file" in fails(capsys, "--weights", weights, "--image", ".", "--output", "a.png")
+    run("--weights", weights, "--image", ".")
+    assert len(table(working_directory / "predictions")) == 3
+    message = "would overwrite a picture that is no mask"
+    assert message in fails(capsys, "--weights", weights, "--image", "a.png")
+    assert message in fails(capsys, "--weights", weights, "--image", "a.png", "--output", "c_vessels.png")
+    assert {name: Path(name).read_bytes() for name in before} == before
+
+
+def test_long_names(tmp_path, weights, photographs):
+    stems = ["a" * 245 + end for end in "12"] + ["\u00e9" * 120 + end for end in "12"]
+    for stem in stems:
+        Image.open(photographs / "01.png").save(photographs / f"{stem}.png")
+    run("--weights", weights, "--image", photographs, "--output", tmp_path / "out", "--report", "--save-prob")
+    assert len([name for name in files(tmp_path / "out") if name.endswith("_vessels.png")]) == 8
+    assert {row["file"] for row in table(tmp_path / "out")} >= {str(photographs / f"{stem}.png") for stem in stems}
 
 
 def test_interrupted_runs_keep_the_table_of_what_is_done(tmp_path, weights, photographs, monkeypatch, capsys):
@@ -444,6 +514,80 @@ def test_names_in_the_table_can_be_read_back(name):
         text.encode(),
     )
     assert back == os.fsencode(name)
+
+
+# ---- odd files and names
+
+
+def add_odd_files(folder):
+    """What is no photograph, by name, with what is to be said of it."""
+    os.mkfifo(folder / "fifo.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "broken.png").symlink_to("missing.png")
+    Image.new("RGB", (40, 30)).save(folder / "postscript.jpg", format="EPS")
+    return {
+        "fifo.png": "is a FIFO, a socket or a device, not a file",
+        "loop.png": "cannot be read (Too many levels of symbolic links)",
+        "broken.png": "a link to a file that is not there",
+        "postscript.jpg": "not an image of a known format",
+    }
+
+
+@pytest.mark.parametrize("named", ["folder", "pattern", "files"])
+def test_odd_files_are_failures_of_their_own(tmp_path, weights, photographs, capsys, named):
+    odd = add_odd_files(photographs)
+    images = {"folder": [photographs], "pattern": [photographs / "*"], "files": sorted(photographs.iterdir())}[named]
+    flags = ["--device", "cpu", "--weights", weights, "--output", tmp_path / "out", "--image", *images]
+    with pytest.raises(SystemExit) as stopped:
+        run_script(predict.main, predict.parse_args(list(map(str, flags))))
+    assert stopped.value.code == 1 and len(table(tmp_path / "out")) == 4
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert "4 of 8 photographs failed" in first and len(lines) == 4
+    assert all(any(f"/{name}: {reason}" in line for line in lines) for name, reason in odd.items())
+
+
+def test_odd_files_alone_are_refused(tmp_path, weights, photographs, capsys):
+    odd = add_odd_files(photographs)
+    for name, reason in odd.items():
+        assert f"{name}: {reason}" in fails(capsys, "--weights", weights, "--image", photographs / name)
+    flags = ("--weights", weights, "--image", photographs / "01.png")
+    for name in ("fifo.png", "postscript.jpg"):
+        assert f"{name}: {odd[name]}" in fails(capsys, *flags, "--roi-mask", photographs / name)
+    for name in ("loop.png", "broken.png"):
+        assert f"{name}: no such file or folder" in fails(capsys, *flags, "--roi-mask", photographs / name)
+    long = "a" * 300 + ".png"
+    assert f"{long}: no such file" in fails(capsys, "--weights", weights, "--image", long)
+    assert f"--roi-mask {long}: no such file" in fails(capsys, *flags, "--roi-mask", long)
+    assert f"--output {long[:-4]}: cannot be written" in fails(capsys, *flags, "--output", long[:-4])
+    assert f"{long}: cannot be written" in fails(capsys, *flags, "--output", long)
+    loop = photographs / "loop.png"
+    assert f"--output {loop}: cannot be written" in fails(capsys, *flags, "--output", loop / "a.png")
+
+
+@pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "utf-8"}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}])
+def test_names_that_the_terminal_cannot_show(tmp_path, weights, photographs, locale):
+    for name, source in ((b"\xff.png", "01"), ("\u00e9.png".encode(), "02"), (b"\xfe.png", None)):
+        path = photographs / os.fsdecode(name)
+        Image.open(photographs / f"{source}.png").save(path) if source else path.write_bytes(b"no picture")
+    command = [sys.executable, PROJECT / "predict.py", "--weights", weights, "--image", photographs, "--report"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment | locale)
+    assert b"Traceback" not in done.stderr and done.returncode == 1
+    assert rb"\udcfe.png: not an image" in done.stderr
+    assert rb"photographs/\udcff.png: 80 x 72" in done.stdout
+    ascii = "ascii" in locale.values()
+    assert (rb"photographs/\xe9.png: 80 x 72" if ascii else "photographs/\u00e9.png: 80 x 72".encode()) in done.stdout
+    assert os.fsdecode(b"\xff_vessels.png") in files(tmp_path / "predictions")
+
+
+def test_a_name_that_begins_with_a_dash(working_directory, weights, photographs, capsys):
+    Image.open(photographs / "01.png").save("-dash.png")
+    run("--weights", weights, "--image=-dash.png", "--output", "a.png")
+    run("--weights", weights, "--image", "./-dash.png", "--output", "b.png")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    with pytest.raises(SystemExit):
+        predict.parse_args(["--image", "-dash.png"])
+    assert "give a value that begins with a dash as --flag=-value" in capsys.readouterr().err
 
 
 # ---- the field of view
@@ -793,12 +937,67 @@ def test_wrong_flags(flags, capsys):
     assert flags.split()[0] in line
 
 
-def test_too_large_for_a_gpu(tmp_path, weights, photographs, monkeypatch, capsys):
-    def full(*args, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
 
-    monkeypatch.setattr(segmenter, "segment", full)
-    assert "--tile" in fails(capsys, "--weights", weights, "--image", photographs / "01.png")
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ..."),
+            ": try a smaller --scale, or --tile 512 --batch-size 1",
+        ),
+        (
+            RuntimeError(CPU_MESSAGE + "to allocate 4 bytes. Error code 12\nmore"),
+            " (no 4 bytes more): try a smaller --scale",
+        ),
+        (MemoryError(), ": try a smaller --scale"),
+    ],
+)
+@pytest.mark.parametrize("place", ["src.segmenter.segment", "train_utils.prediction_files.draw_overlay"])
+def test_too_little_memory_is_a_failure_of_the_photograph(
+    tmp_path, weights, photographs, monkeypatch, capsys, error, message, place
+):
+    def full(*args, **options):
+        raise error
+
+    flags = ("--weights", weights, "--overlay", "--output", tmp_path / "out", "--image")
+    with monkeypatch.context() as patch:
+        patch.setattr(place, full)
+        line = fails(capsys, *flags, photographs / "01.png")
+        assert line.startswith(f"__main__.py: error: {photographs / '01.png'}: out of memory{message}")
+    turns = iter([full, segment, segment, segment])
+    monkeypatch.setattr(segmenter, "segment", lambda *args, **options: next(turns)(*args, **options))
+    with pytest.raises(PhotographError, match="1 of 4 photographs failed"):
+        run(*flags, photographs)
+    assert len(table(tmp_path / "out")) == 3
+
+
+def test_other_errors_keep_their_traceback(weights, photographs, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr(segmenter, "segment", broken)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        run("--weights", weights, "--image", photographs)
+
+
+@pytest.mark.parametrize("scale", ["300", "1e9", "1e308"])
+def test_a_scale_that_makes_too_many_pixels(tmp_path, weights, photographs, capsys, scale):
+    message = fails(capsys, "--weights", weights, "--image", photographs / "01.png", "--scale", scale)
+    assert f"01.png: out of memory ({'518 megapixels at' if scale == '300' else ''}" in message
+    assert f"scale {float(scale):g}): try a smaller --scale" in message
+
+
+def test_the_page_of_a_tiff_is_said(tmp_path, weights, photographs, capsys):
+    Image.open(photographs / "01.png").convert("RGB").save(tmp_path / "one.tif")
+    Image.new("RGB", (20, 18)).save(tmp_path / "a.tif", save_all=True, append_images=[Image.open(tmp_path / "one.tif")])
+    for name in ("a", "one"):
+        run("--weights", weights, "--image", tmp_path / f"{name}.tif", "--output", tmp_path / name)
+    (paged,), (single,) = table(tmp_path / "a"), table(tmp_path / "one")
+    assert paged["warning"].split("; ") == [*single["warning"].split("; "), "page 2 of 2, the largest"]
+    assert capsys.readouterr().out.count(", page 2 of 2, the largest -> ") == 1
+    assert np.array_equal(pixels(tmp_path / "a" / "a_vessels.png"), pixels(tmp_path / "one" / "one_vessels.png"))
 
 
 # ---- real photographs

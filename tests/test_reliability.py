@@ -129,6 +129,23 @@ def test_reasons(retina):
     assert doubts(photograph, reliability=0.3) == ["low reliability"]
 
 
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (120, 120, 120), (200, 90, 40)])
+def test_a_photograph_of_one_colour(retina, colour):
+    _, _, inside = retina
+    whole = np.broadcast_to(np.uint8(colour), (*inside.shape, 3))
+    assert {"of one colour", "no border found"} <= set(doubts(whole, share=0))
+    in_black = np.where(inside[..., None], whole, 0).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(-1, 2, in_black.shape)
+    for photograph in (in_black, (in_black + noise).clip(0, 255).astype(np.uint8)):
+        assert "of one colour" in reasons_for_doubt(photograph, inside, 0.1, None)
+
+
+def test_a_dark_photograph_is_not_of_one_colour(retina):
+    photograph, _, inside = retina
+    for share in (1, 0.2, 0.05):
+        assert "of one colour" not in reasons_for_doubt((photograph * share).astype(np.uint8), inside, 0.1, None)
+
+
 def test_brightness_and_sharpness_are_those_of_the_retina(retina):
     photograph, _, inside = retina
     white = np.where(inside[..., None], photograph, 255).astype(np.uint8)

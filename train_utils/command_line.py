@@ -1,6 +1,8 @@
 """The parts that all command lines share: flag types, the device, and errors as one line."""
 
 import argparse
+import errno
+import io
 import math
 import os
 import sys
@@ -32,7 +34,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=_HelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        hint = "; give a value that begins with a dash as --flag=-value" if "expected" in message else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint} (see --help)\n")
 
 
 def at_least(low: float, kind: type = int, below: float | None = None) -> Callable[[str], int | float]:
@@ -123,11 +126,21 @@ def select_device(name: str, index: int = 0) -> torch.device:
 
 
 def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run a script's `main`; a UserError ends in one line on stderr and exit status 1."""
+    """Run a script's `main`; a UserError ends in one line on stderr and exit status 1.
+
+    So does a path that no system can follow. Names of files that the terminal cannot show are printed escaped.
+    """
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise
+            error = UserError(f"{error.filename}: no such file or folder ({error.strerror}); correct the path")
         if error.alone or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(1)

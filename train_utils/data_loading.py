@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from my_dataset import DriveDataset
 from src.colours import Normalization, prepare
+from src.dataset_files import root_names
 from transforms import get_transform
 
 from .command_line import UsageError
@@ -57,6 +58,8 @@ def open_datasets(args: argparse.Namespace, device: torch.device) -> tuple[Drive
         )
         data.require_classes(args.num_classes)
         datasets.append(_on_device(data, device) if args.device_data else data)
+    if is_main_process():
+        _warn_of_labels(datasets)
     without = [item for data in datasets for item in data.files if item.roi_mask is None]
     if without and is_main_process():
         print(
@@ -73,6 +76,22 @@ def _on_device(data: DriveDataset, device: torch.device) -> DriveDataset:
     if not all(gather_objects(moved is not None)):
         raise UsageError("--device-data: the photographs do not fit into the GPU's memory; leave it out")
     return moved
+
+
+def _warn_of_labels(datasets: Iterable[DriveDataset]) -> None:
+    """Say of each data set how many labels can hardly be right: without any vessel, or with hardly anything else."""
+    files = [item for data in datasets for item in data.files]
+    shares = [share for data in datasets for share in data.vessel_shares()]
+    for root, name in root_names(files).items():
+        labels = {item.label: share for item, share in zip(files, shares, strict=True) if item.root == root}
+        empty = [path for path, share in labels.items() if share == 0]
+        full = [path for path, share in labels.items() if share > 0.5]
+        if empty or full:
+            print(
+                f"warning: of the {len(labels)} labels of {name}, {len(empty)} have no vessels, and {len(full)} have "
+                f"vessels in more than half of the field of view, as if black and white were exchanged "
+                f"({(full or empty)[0]}{', ...' if len(empty + full) > 1 else ''})"
+            )
 
 
 def make_loaders(

@@ -41,7 +41,7 @@ def replace_whole(path: str | Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({_reason(error)}); what stood there before is intact") from error
     finally:
-        if partial.exists():
+        if os.path.exists(partial):
             partial.unlink()
 
 

@@ -1,14 +1,16 @@
-"""The memory allocation of the process."""
+"""The memory of the process: how it is allocated, and what happens where it does not suffice."""
 
 import ctypes
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from src.errors import UserError
+from src.photograph import PhotographError
 
 # glibc's parameters, from malloc.h.
 M_TRIM_THRESHOLD = -1
@@ -37,7 +39,8 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not _SHORT_OF_MEMORY.search(str(error)):
             raise
         asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
-        found = f" (no {asked[1]} more)" if asked else ""
+        reason = f"no {asked[1]} more" if asked else str(error) if isinstance(error, MemoryError) else ""
+        found = f" ({reason})" if reason else ""
         raise OutOfMemoryError(f"out of memory{found}: {advice}") from error
 
 
@@ -53,3 +56,17 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)  # allocate large blocks on the heap, too
         mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
+
+
+@contextmanager
+def memory_for(photograph: Path) -> Iterator[None]:
+    """Make too little memory the failure of a photograph, so that the next one gets its turn.
+
+    Raises:
+        PhotographError: memory is short.
+    """
+    try:
+        with explain_out_of_memory("try a smaller --scale, or --tile 512 --batch-size 1"):
+            yield
+    except OutOfMemoryError as error:
+        raise PhotographError(f"{photograph}: {error}") from error

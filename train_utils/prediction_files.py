@@ -1,6 +1,9 @@
 """The output files of predict.py: their names, the pictures, and what is told of each photograph."""
 
 import argparse
+import functools
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +13,16 @@ import numpy as np
 from PIL import Image
 
 from src import Segmentation
-from src.photograph import IMAGE_SUFFIXES
+from src.photograph import IMAGE_SUFFIXES, PhotographError, images_in, list_photographs, load_image
 
 from .command_line import UsageError
 from .files import replace_whole, require_no_input
 from .prediction_report import REPORT, THUMBNAILS, thumbnail_paths, write_thumbnails
 from .prediction_table import TABLE
 
+RESULT, FOLDER = "test_result.png", "predictions"  # the defaults of --output, for one photograph and for several
+KINDS = ("vessels", "overlay", "probability")  # at the end of a picture's name
+LONGEST_NAME = 220  # bytes; file systems allow 255, with "_probability.png" and the name of the temporary file
 COMPRESSION = 3  # of PNG: an overlay takes a third of the time of Pillow's 6, and is 11 % larger
 OPACITY = 0.6  # of the vessels in an overlay
 # The colours of the classes, again and again; cyan does not occur in a retina.
@@ -32,16 +38,57 @@ class Prediction(Segmentation):
     warnings: Sequence[str]  # reasons for doubt
 
 
+def find_photographs(args: argparse.Namespace) -> list[Path]:
+    """The photographs of --image; of folders and patterns without the pictures that this program wrote there.
+
+    Raises:
+        PhotographError: a name stands for no photographs, or a folder cannot be listed.
+    """
+    outputs = {os.path.realpath(output) for output in ([args.output] if args.output else [RESULT, FOLDER])}
+    stems = functools.cache(lambda folder: {file.stem for file in images_in(folder)})
+    left_out = []
+
+    def is_output(file: Path) -> bool:
+        stem, _, kind = file.stem.rpartition("_")
+        if kind in KINDS and file.suffix == ".png":
+            folder = file.parent
+            written = os.path.realpath(folder) in outputs or (folder / TABLE).exists() or stem in stems(folder)
+        elif file.name == RESULT or os.path.realpath(file) in outputs:
+            written = _is_mask(file) is True
+        else:
+            written = file.parent.name == THUMBNAILS
+        left_out.extend([file] if written else [])
+        return written
+
+    try:
+        return list_photographs(args.image, args.recursive, is_output)
+    finally:
+        if left_out:
+            print(
+                f"--image: left out {len(left_out)} pictures that this program wrote ({left_out[0]}"
+                f"{', ...' if len(left_out) > 1 else ''}); name them as files to take them for photographs"
+            )
+
+
+def _is_mask(path: Path) -> bool | None:
+    """Whether a picture is a mask as this program writes it: numbers of classes, or white; None if it is no picture."""
+    try:
+        image = load_image(path)
+    except PhotographError:
+        return None
+    return image.mode == "L" and not any(image.histogram()[16:255])
+
+
 def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple[Path | None, list[Path]]:
     """The path of the table, if there is one, and the path of each photograph's mask.
 
     Raises:
-        UsageError: --output does not fit the photographs.
+        UsageError: --output does not fit the photographs, or another photograph would be overwritten.
         OutputError: an input would be overwritten.
     """
     single = len(photographs) == 1
-    output = Path(args.output or ("test_result.png" if single and not args.report else "predictions"))
-    looks_like_a_file = output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir()
+    output = Path(args.output or (RESULT if single and not args.report else FOLDER))
+    looks_like_a_file = output.suffix.lower() in IMAGE_SUFFIXES and not os.path.isdir(output)
     if looks_like_a_file and not single:
         raise UsageError(f"--output {output}: is one file, but there are {len(photographs)} photographs; name a folder")
     if looks_like_a_file and output.suffix.lower() != ".png":
@@ -51,7 +98,7 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
     masks = [output] if looks_like_a_file else [output / f"{name}_vessels.png" for name in output_names(photographs)]
 
     roi_masks = Path(args.roi_mask or "auto")
-    inputs = (*photographs, Path(args.weights), *(roi_masks.iterdir() if roi_masks.is_dir() else [roi_masks]))
+    inputs = (*photographs, args.weights, *(roi_masks.iterdir() if os.path.isdir(roi_masks) else [roi_masks]))
     written = [path for mask in masks for path in (mask, beside(mask, "probability"), beside(mask, "overlay"))]
     if args.report:
         written += [output / REPORT, *(path for mask in masks for path in thumbnail_paths(mask))]
@@ -59,9 +106,11 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
         written.append(output / TABLE)
     require_no_input(written, inputs, f"--output {output}")
     if looks_like_a_file:
+        if _is_mask(output) is False:
+            raise UsageError(f"--output {output}: would overwrite a picture that is no mask; choose another name")
         return None, masks
-    folders = {output.resolve(), *([(output / THUMBNAILS).resolve()] if args.report else [])}
-    if any(path.parent.resolve() in folders for path in photographs):
+    folders = {os.path.realpath(folder) for folder in (output, *([output / THUMBNAILS] if args.report else []))}
+    if any(os.path.realpath(path.parent) in folders for path in photographs):
         raise UsageError(
             f"--output {output}: holds the photographs themselves, and the next run would take the masks for "
             "photographs; choose another folder"
@@ -70,30 +119,40 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
 
 
 def output_names(photographs: Sequence[Path]) -> list[str]:
-    """The stem of each photograph; if two are the same, with the ending; if still the same, with the folder.
+    """The stem of each photograph; if two are the same, with the ending; if still the same, with its folders.
+
+    So many folders are added as it takes. A name that is too long for a file is cut, and a digest added.
 
     Raises:
         UsageError: two are still the same.
     """
+    absolute = [Path(os.path.abspath(path)) for path in photographs]
+    parts = [(*path.parts[1:-1], path.name.replace(".", "_")) for path in absolute]
     names = [path.stem for path in photographs]
-    longer_names = (
-        lambda path: path.name.replace(".", "_"),
-        lambda path: f"{path.absolute().parent.name}_{path.name.replace('.', '_')}",
-    )
 
     def shared() -> set[str]:
         # Some file systems ignore case.
         return {name for name, count in Counter(name.lower() for name in names).items() if count > 1}
 
-    for longer in longer_names:
-        clashes = shared()
+    for length in range(1, max(map(len, parts)) + 1):
+        if not (clashes := shared()):
+            break
         names = [
-            longer(path) if name.lower() in clashes else name for name, path in zip(names, photographs, strict=True)
+            "_".join(part[-length:]) if name.lower() in clashes else name
+            for name, part in zip(names, parts, strict=True)
         ]
     if clashes := shared():
         first, second = [path for name, path in zip(names, photographs, strict=True) if name.lower() in clashes][:2]
         raise UsageError(f"--image: {first} and {second} would get masks of the same name; predict them separately")
-    return names
+    return [_fitting(name) for name in names]
+
+
+def _fitting(name: str) -> str:
+    content = os.fsencode(name)
+    if len(content) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    return content[: LONGEST_NAME - 17].decode(errors="ignore") + f"_{digest}"
 
 
 def beside(mask: Path, kind: str) -> Path:
@@ -108,7 +167,11 @@ def picture_paths(mask: Path, args: argparse.Namespace) -> list[Path]:
 
 
 def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace) -> None:
-    """Write the mask, and with --save-prob, --overlay and --report the other pictures beside it."""
+    """Write the mask, and with --save-prob, --overlay and --report the other pictures beside it.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
     two_classes = len(prediction.probabilities) == 1
     pictures = {mask: prediction.labels * np.uint8(255) if two_classes else prediction.labels}
     if args.save_prob:
