@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__)
+    parser = Parser(__doc__, "python compute_mean_std.py --data-path MY_DATA")
     add_data_path(parser)
     return parser
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from src import Segmenter
 from src.errors import DatasetError
-from src.photograph import PhotographError, page_and_pages, read_photograph
+from src.photograph import PhotographError, page_and_pages, read_photograph, require_file
 from src.reliability import reasons_for_doubt
 from src.roi_mask import choose_field_of_view, require_roi_mask, roi_mask_path
 from src.segmenter import PRETRAINED
@@ -147,6 +147,8 @@ def work_on(
 def digests(path: Path, settings: str, args: argparse.Namespace) -> Row:
     """The digests of a photograph and of what its mask depends on besides, by the names of their columns."""
     roi_mask = roi_mask_path(path, args.roi_mask)
+    for file in [path, *([roi_mask] if roi_mask else [])]:
+        require_file(file)
     try:
         parts = [settings.encode(), *([roi_mask] if roi_mask else [str(args.roi_mask).encode()])]
         return {"photograph_digest": digest(path), "settings_digest": digest(*parts)}
@@ -223,71 +225,77 @@ def scale_or_auto(text: str) -> float | str:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add(
-        "--weights",
-        help=f"weights that train.py or the tutorial wrote (default: ./{TRAINED}, or where there is none "
-        f"{PRETRAINED.parent.name}/{PRETRAINED.name}, which come with the project)",
-    )
-    add(
+    parser = Parser(__doc__, "python predict.py --image my_photographs --output masks --overlay")
+    group = parser.group("used most")
+    group.add_argument(
         "--image",
         nargs="+",
         default=["./DRIVE/test/images/01_test.tif"],
         metavar="PATH",
         help="photographs: files, folders or glob patterns; one that begins with a dash as --image=-name",
     )
-    add_switch(parser, "--recursive", default=False, help="look into the folders of a folder too, except hidden ones")
-    add(
+    group.add_argument(
+        "--output",
+        help="a PNG for one photograph (255 = vessel), or a folder for several "
+        "(default: test_result.png for one, the folder predictions for several)",
+    )
+    group.add_argument(
+        "--weights",
+        help=f"weights that train.py or the tutorial wrote (default: ./{TRAINED}, or where there is none "
+        f"{PRETRAINED.parent.name}/{PRETRAINED.name}, which come with the project)",
+    )
+    add_switch(group, "--overlay", default=False, help="also write the photograph with the vessels drawn in")
+    add_switch(group, "--report", default=False, help="also write predictions.html, a page to look through them all")
+    group = parser.group("input")
+    add_switch(group, "--recursive", default=False, help="look into the folders of a folder too, except hidden ones")
+    group.add_argument(
         "--roi-mask",
         metavar="PATH",
         help="mask of the field of view, white inside: a file, a folder (matched by stem), auto (find it in the "
         "photograph) or none (default: DRIVE's mask if it exists, else auto)",
     )
-    add(
-        "--output",
-        help="a PNG for one photograph (255 = vessel), or a folder for several "
-        "(default: test_result.png for one, the folder predictions for several)",
-    )
-    add(
-        "--scale",
-        default="auto",
-        type=scale_or_auto,
-        help="factor to resize the photograph by; auto: match the field of view of the model's training photographs",
-    )
-    add(
-        "--threshold",
-        default=0.5,
-        type=probability_or_auto,
-        help="vessel probability above which a pixel is a vessel; auto: the threshold stored in the weights",
-    )
+    group = parser.group("output")
+    add_switch(group, "--save-prob", default=False, help="also write the vessel probability as a 16-bit PNG")
     add_switch(
-        parser,
-        "--tta",
-        default=None,
-        help="average over the four flips, in four times the time (default: as stored in the weights, else off)",
-    )
-    add_switch(parser, "--save-prob", default=False, help="also write the vessel probability as a 16-bit PNG")
-    add_switch(parser, "--overlay", default=False, help="also write the photograph with the vessels drawn in")
-    add_switch(parser, "--report", default=False, help="also write predictions.html, a page to look through them all")
-    add_switch(
-        parser,
+        group,
         "--overwrite",
         default=False,
         help="segment every photograph anew (default: keep what predictions.csv records with the same photograph, "
         "weights and flags)",
     )
-    add(
+    group.add_argument(
+        "--export", metavar="FILE", help="write the model as ONNX and predict nothing (needs onnx and onnxscript)"
+    )
+    group = parser.group("model")
+    group.add_argument(
+        "--threshold",
+        default=0.5,
+        type=probability_or_auto,
+        help="vessel probability above which a pixel is a vessel; auto: the threshold stored in the weights",
+    )
+    group.add_argument(
+        "--scale",
+        default="auto",
+        type=scale_or_auto,
+        help="factor to resize the photograph by; auto: match the field of view of the model's training photographs",
+    )
+    add_switch(
+        group,
+        "--tta",
+        default=None,
+        help="average over the four flips, in four times the time (default: as stored in the weights, else off)",
+    )
+    add_normalization_flags(group, None, None, origin="Default of the three: as stored in the weights")
+    group = parser.group("speed")
+    group.add_argument("--device", default="cuda", help="device; without a GPU, cuda means the CPU")
+    group.add_argument(
         "--tile",
         type=at_least(64),
         metavar="N",
         help="side of overlapping tiles, pixels (default: tiles only where memory requires them)",
     )
-    add("--batch-size", default=1, type=at_least(1), help="number of tiles or flips in one forward pass")
-    add_normalization_flags(parser, None, None, origin="Default of the three: as stored in the weights")
-    add_amp_flags(parser)
-    add("--device", default="cuda", help="device; without a GPU, cuda means the CPU")
-    add("--export", metavar="FILE", help="write the model as ONNX and predict nothing (needs onnx and onnxscript)")
+    group.add_argument("--batch-size", default=1, type=at_least(1), help="number of tiles or flips in one forward pass")
+    add_amp_flags(group)
     return parser
 
 

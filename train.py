@@ -89,13 +89,14 @@ def make_demo_data(root: str | list[str]) -> None:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__)
+    parser = Parser(__doc__, "python train.py --data-path FOLDER_WITH_DRIVE --recipe quick")
     add_training_flags(parser)
-    parser.add_argument("--output-dir", default="./save_weights", help="folder of the weights")
-    parser.add_argument(
+    group = parser.group("used most")
+    group.add_argument("--output-dir", default="./save_weights", help="folder of the weights")
+    group.add_argument("--demo", action="store_true", help="a quick run on synthetic photographs in ./demo")
+    parser.group("speed").add_argument(
         "-j", "--workers", type=at_least(0), help="data loading processes (default: by device and batch size)"
     )
-    parser.add_argument("--demo", action="store_true", help="a quick run on synthetic photographs in ./demo")
     return parser
 
 

@@ -83,14 +83,18 @@ def wrap(model: nn.Module, args: argparse.Namespace) -> nn.Module:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__)
+    parser = Parser(__doc__, "torchrun --nproc_per_node=4 train_multi_GPU.py --data-path FOLDER_WITH_DRIVE")
     add_training_flags(parser)
-    add = parser.add_argument
-    add("--output-dir", default="./multi_train", help="folder of the weights")
-    add("-j", "--workers", default=4, type=at_least(0), help="data loading processes of each training process")
-    add_switch(parser, "--sync-bn", "--sync_bn", default=False, help="BatchNorm statistics over all GPUs")
-    add("--world-size", default=1, type=at_least(1), help="number of processes, where SLURM does not set it")
-    add("--dist-url", default="env://", help="address at which the processes connect")
+    parser.group("used most").add_argument("--output-dir", default="./multi_train", help="folder of the weights")
+    parser.group("speed").add_argument(
+        "-j", "--workers", default=4, type=at_least(0), help="data loading processes of each training process"
+    )
+    group = parser.group("many processes")
+    add_switch(group, "--sync-bn", "--sync_bn", default=False, help="BatchNorm statistics over all GPUs")
+    group.add_argument(
+        "--world-size", default=1, type=at_least(1), help="number of processes, where SLURM does not set it"
+    )
+    group.add_argument("--dist-url", default="env://", help="address at which the processes connect")
     return parser
 
 

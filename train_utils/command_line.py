@@ -15,23 +15,43 @@ from src.errors import UserError
 
 from .memory import keep_freed_memory
 
+Flags = argparse._ActionsContainer  # a parser, or a group of its flags
+
 
 class UsageError(UserError):
     """A flag has a value that cannot work; the message names the flag."""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults except None, which the help text of those flags explains."""
+    """Shows the defaults except those that the help text explains, or that say nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that shows defaults in its help and reports a wrong flag in one line."""
+    """An ArgumentParser that shows defaults in its help and reports a wrong flag in one line.
 
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=_HelpFormatter)
+    Args:
+        description: what the script does.
+        example: of a command, to show below it.
+    """
+
+    def __init__(self, description: str | None, example: str | None = None) -> None:
+        about = f"{description} Example: {example}" if example else description
+        super().__init__(
+            usage="%(prog)s [flags]",
+            description=about,
+            epilog="A switch that is on can be turned off by --no-NAME.",
+            formatter_class=_HelpFormatter,
+        )
+        self._groups: dict[str, Flags] = {}
+
+    def group(self, title: str) -> Flags:
+        """The group of flags with this title in the help."""
+        if title not in self._groups:
+            self._groups[title] = self.add_argument_group(title)
+        return self._groups[title]
 
     def error(self, message: str) -> NoReturn:
         hint = "; give a value that begins with a dash as --flag=-value" if "expected" in message else ""
@@ -94,11 +114,13 @@ def boolean(text: str) -> bool:
     return values[text.lower()]
 
 
-def add_switch(parser: argparse.ArgumentParser, *names: str, default: bool | None, help: str) -> None:
+def add_switch(flags: Flags, *names: str, default: bool | None, help: str) -> None:
     """Add a switch with the forms `--name`, `--no-name`, `--name True` and `--name False`."""
-    action = parser.add_argument(*names, nargs="?", const=True, default=default, type=boolean, help=help)
+    action = flags.add_argument(*names, nargs="?", const=True, default=default, type=boolean, metavar="BOOL", help=help)
     negations = [f"--no-{name.removeprefix('--')}" for name in names]
-    parser.add_argument(*negations, dest=action.dest, action="store_false", default=argparse.SUPPRESS)
+    flags.add_argument(
+        *negations, dest=action.dest, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
 
 
 def select_device(name: str, index: int = 0) -> torch.device:

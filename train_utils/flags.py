@@ -9,7 +9,7 @@ from src import ARCHITECTURES
 from src.weights import CheckpointError, load_checkpoint
 from transforms import AUGMENTATIONS
 
-from .command_line import Parser, add_switch, at_least, fold_of_folds, fraction, probability_or_auto
+from .command_line import Flags, Parser, add_switch, at_least, fold_of_folds, fraction, probability_or_auto
 from .mixed_precision import add_amp_flags
 from .normalization import add_normalization_flags
 from .recipes import RECIPES
@@ -18,95 +18,61 @@ from .recipes import RECIPES
 SHARE_FOR_PHOTOGRAPHS = 0.25
 
 
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
+def add_training_flags(parser: Parser) -> None:
     """Add the flags of both training scripts, with the tutorial's names and defaults."""
-    add = parser.add_argument
-    add(
+    group = parser.group("used most")
+    add_data_path(group)
+    group.add_argument(
         "--recipe",
         default="tutorial",
         choices=list(RECIPES),
         help="defaults of the other flags (train_utils/recipes.py). tutorial: the tutorial's; quick: the same Dice "
         "within minutes on a CPU; best: the highest Dice on DRIVE; any-camera: for photographs of other cameras",
     )
-    add_data_path(parser)
-    add(
+    group.add_argument(
+        "--resume", default="", help="continue from this checkpoint; auto: from the newest in --output-dir, if any"
+    )
+    group = parser.group("data")
+    group.add_argument(
         "--sampling",
         default="equal",
         choices=["equal", "proportional"],
         help="how often each of several data sets is drawn: equally, or in proportion to its photographs",
     )
-    add("--num-classes", default=1, type=at_least(1), help="number of classes besides the background")
-    add("--device", default="cuda", help="device to train on; without a GPU, cuda means the CPU")
-    add("-b", "--batch-size", type=at_least(1), help="photographs per step in each process")
-    add("--epochs", type=at_least(1), help="number of epochs of the whole run")
-    add(
-        "--steps-per-epoch",
-        type=at_least(1),
+    group.add_argument("--num-classes", default=1, type=at_least(1), help="number of classes besides the background")
+    group.add_argument(
+        "--val-split",
+        type=at_least(0),
         metavar="N",
-        help="steps per epoch (default: each photograph once)",
+        help="validate on the last N training photographs of each data set instead of the test photographs "
+        "(default: 0 with test labels, else a fifth of them)",
     )
-    add("--optimizer", choices=["sgd", "adamw"], help="optimizer")
-    add("--lr", type=at_least(0, float), help="peak learning rate")
-    add("--momentum", default=0.9, type=at_least(0, float), help="momentum of --optimizer sgd")
-    add("--wd", "--weight-decay", type=at_least(0, float), dest="weight_decay", help="weight decay")
-    add(
-        "--schedule",
-        choices=["poly", "one-cycle"],
-        help="learning-rate schedule. poly: warm-up epoch, then polynomial decay; one-cycle: a cosine up and down",
+    group.add_argument(
+        "--fold",
+        type=fold_of_folds,
+        metavar="K/N",
+        help="cross-validation: hold out the K-th of N parts of the training photographs, and score these",
     )
-    add(
-        "--vessel-weight",
-        type=at_least(0, float),
-        help="weight of the vessels in the cross-entropy; that of the background is 1 (only with two classes)",
-    )
-    add("--dice-loss", choices=["all", "foreground"], help="the classes that the Dice loss averages over")
-    add(
-        "--ema-decay",
-        type=fraction,
-        help="decay per step of the moving average of the weights, which is evaluated and saved; 0: no average",
-    )
-    add("--print-freq", type=at_least(1), help="steps between progress lines")
-    add("--resume", default="", help="continue from this checkpoint; auto: from the newest in --output-dir, if any")
-    add(
-        "--init-weights",
-        default="",
-        metavar="FILE",
-        help="start a new run from the weights of this file, for example to fine-tune pretrained/unet_fundus.pth; its "
-        "architecture, normalization and working diameter become the defaults",
-    )
-    add(
-        "--overwrite",
+    group.add_argument(
+        "--train-on-all",
         action="store_true",
-        help="begin a new run in an --output-dir that holds another run's weights, and replace them",
+        help="train on every labelled photograph, those of a test part too, for as many epochs as given: nothing is "
+        "validated or scored, and the last epoch is kept. For weights to use, after all was chosen by --fold",
     )
-    add("--start-epoch", "--start_epoch", default=0, type=at_least(0), help="first epoch of a run without --resume")
-    add_switch(parser, "--save-best", default=True, help="keep only the best epoch, not every one")
-    add_speed_flags(parser)
-    add("--seed", default=0, type=at_least(0), help="seed of all random numbers")
-    add("--arch", default="unet", choices=list(ARCHITECTURES), help="architecture of the model")
-    add(
-        "--backbone-weights",
-        metavar="FILE",
-        help="file of torchvision's ImageNet weights to start mobilenet_v3 or vgg16 from; imagenet: download it",
-    )
-    add(
-        "--base-c",
-        type=at_least(1),
-        help="channels at full resolution of unet and unet_paper (default of unet_paper: 64)",
-    )
-    add(
+    group.add_argument(
         "--augmentation",
         choices=list(AUGMENTATIONS),
         help="training preset. tutorial: the tutorial's; rotation: scales nearer to 1, any rotation and colour jitter; "
         "any-camera: more of what differs between cameras",
     )
-    add(
+    group.add_argument(
         "--base-size",
         type=at_least(2),
         help="shorter side in pixels; the preset resizes to 0.5 - 1.2 times this (rotation: 0.8 - 1.15, any-camera: "
         "0.7 - 1.4) (default: that of each photograph at the working diameter)",
     )
-    add(
+    group.add_argument("--crop-size", type=at_least(32), help="side of the training crops")
+    group.add_argument(
         "--fov-diameter",
         type=at_least(32, float, below=20000),
         metavar="PIXELS",
@@ -114,28 +80,75 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "and predictions, unless it is within 5 percent of it. Stored with the weights (default: the median of the "
         "training photographs, of several data sets the middle of their medians)",
     )
-    add_normalization_flags(parser, list(DRIVE_MEAN), list(DRIVE_STD), origin="Stored with the weights")
-    add("--crop-size", type=at_least(32), help="side of the training crops")
-    add(
-        "--val-split",
-        type=at_least(0),
+    add_normalization_flags(group, list(DRIVE_MEAN), list(DRIVE_STD), origin="Stored with the weights")
+    group = parser.group("model")
+    group.add_argument("--arch", default="unet", choices=list(ARCHITECTURES), help="architecture of the model")
+    group.add_argument(
+        "--base-c",
+        type=at_least(1),
+        help="channels at full resolution of unet and unet_paper (default of unet_paper: 64)",
+    )
+    group.add_argument(
+        "--init-weights",
+        default="",
+        metavar="FILE",
+        help="start a new run from the weights of this file, for example to fine-tune pretrained/unet_fundus.pth; its "
+        "architecture, normalization and working diameter become the defaults",
+    )
+    group.add_argument(
+        "--backbone-weights",
+        metavar="FILE",
+        help="file of torchvision's ImageNet weights to start mobilenet_v3 or vgg16 from; imagenet: download it",
+    )
+    group = parser.group("optimisation")
+    group.add_argument("-b", "--batch-size", type=at_least(1), help="photographs per step in each process")
+    group.add_argument("--epochs", type=at_least(1), help="number of epochs of the whole run")
+    group.add_argument(
+        "--start-epoch", "--start_epoch", default=0, type=at_least(0), help="first epoch of a run without --resume"
+    )
+    group.add_argument(
+        "--steps-per-epoch",
+        type=at_least(1),
         metavar="N",
-        help="validate on the last N training photographs of each data set instead of the test photographs "
-        "(default: 0 with test labels, else a fifth of them)",
+        help="steps per epoch (default: each photograph once)",
     )
-    add(
-        "--fold",
-        type=fold_of_folds,
-        metavar="K/N",
-        help="cross-validation: hold out the K-th of N parts of the training photographs, and score these",
+    group.add_argument("--optimizer", choices=["sgd", "adamw"], help="optimizer")
+    group.add_argument("--lr", type=at_least(0, float), help="peak learning rate")
+    group.add_argument("--momentum", default=0.9, type=at_least(0, float), help="momentum of --optimizer sgd")
+    group.add_argument("--wd", "--weight-decay", type=at_least(0, float), dest="weight_decay", help="weight decay")
+    group.add_argument(
+        "--schedule",
+        choices=["poly", "one-cycle"],
+        help="learning-rate schedule. poly: warm-up epoch, then polynomial decay; one-cycle: a cosine up and down",
     )
-    add(
-        "--train-on-all",
+    group.add_argument(
+        "--vessel-weight",
+        type=at_least(0, float),
+        help="weight of the vessels in the cross-entropy; that of the background is 1 (only with two classes)",
+    )
+    group.add_argument(
+        "--dice-loss", choices=["all", "foreground"], help="the classes that the Dice loss averages over"
+    )
+    group.add_argument(
+        "--ema-decay",
+        type=fraction,
+        help="decay per step of the moving average of the weights, which is evaluated and saved; 0: no average",
+    )
+    group.add_argument("--seed", default=0, type=at_least(0), help="seed of all random numbers")
+    group = parser.group("speed")
+    group.add_argument("--device", default="cuda", help="device to train on; without a GPU, cuda means the CPU")
+    add_speed_flags(group)
+    group = parser.group("scores")
+    group.add_argument(
+        "--test-only",
         action="store_true",
-        help="train on every labelled photograph, those of a test part too, for as many epochs as given: nothing is "
-        "validated or scored, and the last epoch is kept. For weights to use, after all was chosen by --fold",
+        help="only score the weights of --resume: on the test photographs, or without test labels on all photographs "
+        "that they were not trained on",
     )
-    add(
+    group.add_argument(
+        "--masks", metavar="FOLDER", help="with --test-only: score the masks in this folder, in place of weights"
+    )
+    group.add_argument(
         "--threshold",
         default=0.5,
         type=probability_or_auto,
@@ -143,26 +156,27 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "held-out photographs (without --val-split: on the training ones), stored with the weights",
     )
     add_switch(
-        parser,
+        group,
         "--tta",
         default=None,
         help="score the mean over the four flips, in four times the time; stored with the weights for predict.py "
         "and --test-only (default: as stored, else off)",
     )
-    add(
-        "--test-only",
+    group = parser.group("output")
+    group.add_argument("--print-freq", type=at_least(1), help="steps between progress lines")
+    add_switch(group, "--save-best", default=True, help="keep only the best epoch, not every one")
+    group.add_argument(
+        "--overwrite",
         action="store_true",
-        help="only score the weights of --resume: on the test photographs, or without test labels on all photographs "
-        "that they were not trained on",
+        help="begin a new run in an --output-dir that holds another run's weights, and replace them",
     )
-    add("--masks", metavar="FOLDER", help="with --test-only: score the masks in this folder, in place of weights")
-    add("--tensorboard", action="store_true", help="also write TensorBoard events into --output-dir")
+    group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events into --output-dir")
     parser.set_defaults(**RECIPES["tutorial"])
 
 
-def add_data_path(parser: argparse.ArgumentParser) -> None:
+def add_data_path(flags: Flags) -> None:
     """Add the flag that names the data, as a text, or as a list of texts where there are several."""
-    parser.add_argument(
+    flags.add_argument(
         "--data-path",
         nargs="+",
         default="./",
@@ -177,19 +191,19 @@ class _OneOrSeveral(argparse.Action):
         setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
-def add_speed_flags(parser: argparse.ArgumentParser) -> None:
+def add_speed_flags(flags: Flags) -> None:
     """Add the flags that change the speed of training."""
-    add_amp_flags(parser)
+    add_amp_flags(flags)
     add_switch(
-        parser,
+        flags,
         "--channels-last",
         default=None,
         help="channels-last memory format (default: on a GPU with --amp and on a CPU with AVX-512; elsewhere it makes "
         "the backward pass slower)",
     )
-    add_switch(parser, "--compile", default=False, help="compile the training step with torch.compile")
+    add_switch(flags, "--compile", default=False, help="compile the training step with torch.compile")
     add_switch(
-        parser,
+        flags,
         "--device-data",
         default=None,
         help="keep the photographs in the device's memory and augment them there, without loading processes "

@@ -4,16 +4,16 @@ import argparse
 
 import torch
 
-from .command_line import UsageError, add_switch
+from .command_line import Flags, UsageError, add_switch
 from .distributed_utils import is_main_process
 
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def add_amp_flags(parser: argparse.ArgumentParser) -> None:
+def add_amp_flags(flags: Flags) -> None:
     """Add the flags of mixed precision, which training and prediction share."""
-    add_switch(parser, "--amp", default=False, help="automatic mixed precision")
-    parser.add_argument(
+    add_switch(flags, "--amp", default=False, help="automatic mixed precision")
+    flags.add_argument(
         "--amp-dtype",
         choices=list(AMP_DTYPES),
         help="the lower precision of --amp (default: float16 on a GPU, bfloat16 elsewhere)",

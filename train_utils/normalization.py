@@ -5,14 +5,12 @@ import argparse
 from src.colours import NORMALIZATIONS
 from src.weights import Checkpoint
 
-from .command_line import at_least
+from .command_line import Flags, at_least
 
 
-def add_normalization_flags(
-    parser: argparse.ArgumentParser, mean: list[float] | None, std: list[float] | None, origin: str
-) -> None:
+def add_normalization_flags(flags: Flags, mean: list[float] | None, std: list[float] | None, origin: str) -> None:
     """Add the flags of how photographs are normalised, with these defaults; `origin` says more of them in the help."""
-    add = parser.add_argument
+    add = flags.add_argument
     add(
         "--normalization",
         choices=list(NORMALIZATIONS),
