@@ -1,3 +1,7 @@
+import contextlib
+import os
+import sys
+
 import pytest
 import torch
 
@@ -21,6 +25,41 @@ def test_log_every(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[1] for line in lines[:-1]] == ["[0/5]", "[2/5]", "[4/5]"]
     assert "loss: 5.0000 (3.0000)" in lines[2] and lines[-1].startswith("Test: Total time: 0:00:0")
+
+
+@pytest.fixture
+def terminal(monkeypatch, capsys):
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda stream: True)
+    monkeypatch.setattr(logger.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+
+
+def test_in_a_terminal_a_loop_takes_one_line(terminal, capsys):
+    metric_logger = MetricLogger(delimiter="  ", one_line=True)
+    for item in metric_logger.log_every(range(5), 1, "Epoch: [3]"):
+        metric_logger.update(loss=item)
+    *shown, total, _ = capsys.readouterr().out.split("\n")
+    assert len(shown) == 1 and "Total time" in total
+    lines = shown[0].split("\r")[1:]
+    assert [line[:19].rstrip() for line in lines] == [f"Epoch: [3]  [{number}/5]" for number in range(5)]
+    assert {len(line) for line in lines} == {39}
+
+
+def test_an_error_gets_a_line_of_its_own(terminal, capsys):
+    metric_logger = MetricLogger(one_line=True)
+    with contextlib.suppress(RuntimeError), contextlib.closing(metric_logger.log_every(range(5), 1)) as items:
+        for item in items:
+            metric_logger.update(loss=item)
+            if item == 2:
+                raise RuntimeError
+    output = capsys.readouterr().out
+    assert output.startswith("\r") and output.count("\n") == 1 and output.endswith("\n")
+
+
+def test_elsewhere_every_line_stays(capsys):
+    for _ in MetricLogger(one_line=True).log_every(range(3), 1, "Epoch: [3]"):
+        pass
+    output = capsys.readouterr().out
+    assert len(output.splitlines()) == 4 and "\r" not in output
 
 
 class OnGpu(SmoothedValue):

@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -478,6 +479,38 @@ def test_rows_are_there_as_soon_as_their_masks(tmp_path, weights, photographs, m
     monkeypatch.setattr(predict, "predict", look)
     run("--weights", weights, "--image", photographs, "--output", tmp_path / "out")
     assert len(seen) == 4 and all(rows >= number - 2 for number, rows in enumerate(seen, start=1)) and seen[-1] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [50])
+def test_random_kills_lose_nothing(tmp_path, weights, kills):
+    photographs, out = tmp_path / "photographs", tmp_path / "out"
+    photographs.mkdir()
+    for number in range(30):
+        picture = synthetic_photograph(120, 110, np.random.default_rng(number))[0]
+        Image.fromarray(picture).save(photographs / f"{number:02d}.png")
+    run("--weights", weights, "--image", photographs, "--output", tmp_path / "whole")
+    names = [f"{number:02d}_vessels.png" for number in range(30)]
+    command = [sys.executable, PROJECT / "predict.py", "--device", "cpu", "--weights", weights]
+    command += ["--image", photographs, "--output", out]
+    moments, seen = np.random.default_rng(0), 0
+    for _ in range(kills):
+        process = subprocess.Popen([*command, "--overwrite"], stdout=subprocess.PIPE, text=True)
+        for _ in range(moments.integers(2, 20)):  # lines until the network works, and some photographs
+            process.stdout.readline()
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        text = (out / "predictions.csv").read_text() if (out / "predictions.csv").exists() else ""
+        rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+        seen += len(rows)
+        for row in rows:
+            assert (out / row["mask"]).read_bytes() == (tmp_path / "whole" / row["mask"]).read_bytes()
+    assert seen > kills
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert files(out) == sorted([*names, "predictions.csv"])
+    assert sorted(row["mask"] for row in table(out)) == names
+    assert all((out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
 
 
 @pytest.mark.parametrize("content", ["patient,diagnosis\n1,none\n", "\n", "file,other\n"])

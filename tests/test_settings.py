@@ -96,6 +96,13 @@ def test_loss_scaling_is_for_float16_alone(settled):
         assert (state.scaler is not None) == scaled
 
 
+def test_lines_stay_where_their_number_is_given():
+    given = [train.parse_args(flags).progress_lines for flags in ([], ["--recipe", "quick"], ["--print-freq", "1"])]
+    assert given == [False, False, True]
+    args = train.parse_args(["--print-freq", "7", "--recipe", "quick"])
+    assert (args.print_freq, args.progress_lines) == (7, True)
+
+
 def test_memory_format_by_device(settled, monkeypatch):
     for capability, default in (("AVX512", True), ("AVX512_VNNI", True), ("AVX2", False), ("DEFAULT", False)):
         cpu_capability(monkeypatch, capability)

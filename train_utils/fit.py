@@ -1,8 +1,10 @@
 """The epochs of a run: train, evaluate, log, save."""
 
 import argparse
+import statistics
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -67,7 +69,9 @@ def fit(
                 row, confusion_matrix = _run_epoch(state, model, train_loader, val_loaders)
             improved = state.finish_epoch(row)
             if is_main_process() and confusion_matrix is not None:
-                print(f"{confusion_matrix}\ndice coefficient: {row['dice']:.3f}", flush=True)
+                print(
+                    f"{confusion_matrix}\ndice coefficient: {row['dice']:.3f}{_best_and_time_left(state)}", flush=True
+                )
             if tensorboard is not None:
                 tensorboard.write(row)
             on_main_process(saver.save, state, improved)
@@ -105,6 +109,7 @@ def _run_epoch(
         vessel_weight=args.vessel_weight,
         foreground_dice=args.dice_loss == "foreground",
         averaged=state.averaged,
+        one_line=not args.progress_lines,
     )
     broadcast_buffers(state.model)
     if state.averaged is not None:
@@ -172,6 +177,14 @@ def _require_finite_weights(model: nn.Module, epoch: int) -> None:
     # Combined on the device: reading one result per tensor would wait for a GPU a hundred times.
     if not torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all():
         raise NonFiniteLossError(f"the weights became NaN or infinite at the end of epoch {epoch}; lower --lr")
+
+
+def _best_and_time_left(state: TrainingState) -> str:
+    epochs = state.args.epochs - state.epoch
+    if not epochs:
+        return ""
+    seconds = statistics.median(row["seconds"] for row in state.results.rows if "seconds" in row)
+    return f" (best {state.best_dice:.3f}; {epochs} epochs, about {timedelta(seconds=round(epochs * seconds))} left)"
 
 
 def _advice_on_memory(args: argparse.Namespace) -> str:

@@ -163,7 +163,12 @@ def add_training_flags(parser: Parser) -> None:
         "and --test-only (default: as stored, else off)",
     )
     group = parser.group("output")
-    group.add_argument("--print-freq", type=at_least(1), help="steps between progress lines")
+    group.add_argument(
+        "--print-freq",
+        type=at_least(1),
+        action=_PrintFreq,
+        help="steps between progress lines, each of which stays; without this flag a terminal shows one line an epoch",
+    )
     add_switch(group, "--save-best", default=True, help="keep only the best epoch, not every one")
     group.add_argument(
         "--overwrite",
@@ -171,7 +176,7 @@ def add_training_flags(parser: Parser) -> None:
         help="begin a new run in an --output-dir that holds another run's weights, and replace them",
     )
     group.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events into --output-dir")
-    parser.set_defaults(**RECIPES["tutorial"])
+    parser.set_defaults(progress_lines=False, **RECIPES["tutorial"])
 
 
 def add_data_path(flags: Flags) -> None:
@@ -184,6 +189,11 @@ def add_data_path(flags: Flags) -> None:
         metavar="FOLDER",
         help="the folder that contains DRIVE, or a folder with images and labels; or several",
     )
+
+
+class _PrintFreq(argparse.Action):
+    def __call__(self, parser: object, namespace: argparse.Namespace, value: int, option: object = None) -> None:
+        namespace.print_freq, namespace.progress_lines = value, True
 
 
 class _OneOrSeveral(argparse.Action):

@@ -1,7 +1,9 @@
 """Progress on the terminal."""
 
 import datetime
+import shutil
 import string
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -68,11 +70,17 @@ class SmoothedValue:
 
 
 class MetricLogger:
-    """Named `SmoothedValue`s, and a loop whose main process prints them regularly."""
+    """Named `SmoothedValue`s, and a loop whose main process prints them regularly.
 
-    def __init__(self, delimiter: str = "\t") -> None:
+    Args:
+        delimiter: between the values of a line.
+        one_line: in a terminal, each line of a loop takes the place of the one before.
+    """
+
+    def __init__(self, delimiter: str = "\t", one_line: bool = False) -> None:
         self.meters: dict[str, SmoothedValue] = {}
         self.delimiter = delimiter
+        self.one_line = one_line and sys.stdout.isatty()
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
         self.meters[name] = meter
@@ -92,6 +100,13 @@ class MetricLogger:
         totals = [meter.total for meter in self.meters.values()]
         return any(isinstance(total, Tensor) and total.device.type != "cpu" for total in totals)
 
+    def _print(self, line: str, last: bool) -> None:
+        if self.one_line:
+            width = shutil.get_terminal_size().columns - 1  # a longer line would wrap, and stay
+            print(f"\r{line[:width]:{width}}", end="\n" if last else "", flush=True)
+        else:
+            print(line, flush=True)
+
     def log_every(self, iterable: Iterable, print_freq: int, header: str = "") -> Iterator[Any]:
         """Yield the items of a sized iterable; print a progress line every `print_freq` of them and after the last.
 
@@ -103,7 +118,12 @@ class MetricLogger:
         start = end = printed = time.time()
         for i, item in enumerate(iterable):
             data_time.update(time.time() - end)
-            yield item
+            try:
+                yield item
+            except GeneratorExit:  # the loop was left by an error, whose message needs a line of its own
+                if self.one_line and i > 0:
+                    print()
+                raise
             item_time.update(time.time() - end)
             due = i % print_freq == 0 and (not self._on_gpu() or time.time() - printed >= SECONDS_UNPRINTED)
             if is_main_process() and (due or i == total - 1):
@@ -113,7 +133,7 @@ class MetricLogger:
                 parts += [f"time: {item_time}", f"data: {data_time}"]
                 if torch.cuda.is_available():
                     parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
-                print(self.delimiter.join(part for part in parts if part), flush=True)
+                self._print(self.delimiter.join(part for part in parts if part), last=i == total - 1)
             end = time.time()
         if is_main_process():
             seconds = time.time() - start

@@ -109,11 +109,13 @@ def train_one_epoch(
     vessel_weight: float = 2.0,
     foreground_dice: bool = False,
     averaged: AveragedModel | None = None,
+    one_line: bool = False,
 ) -> tuple[float, float]:
     """Train on every batch once; the scheduler steps after each batch.
 
     Autocast is on if `scaler` or `amp_dtype` is given. The cross-entropy weights two classes by [1, `vessel_weight`],
     and more than two classes equally. `foreground_dice` is passed to `criterion`. Each step updates `averaged`.
+    With `one_line` the progress takes one line of a terminal.
 
     Returns:
         the mean loss over all steps (and processes), the last learning rate.
@@ -123,7 +125,7 @@ def train_one_epoch(
             GPU: at the next of the checks every STEPS_UNCHECKED steps, or at the end).
     """
     model.train()
-    metric_logger = MetricLogger(delimiter="  ")
+    metric_logger = MetricLogger(delimiter="  ", one_line=one_line)
     metric_logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
     metric_logger.add_meter("loss", SmoothedValue())
     # Vessels are about an eighth of the pixels.

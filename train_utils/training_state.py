@@ -26,7 +26,17 @@ UNREPORTED = frozenset(
     (
         # where things are, and what is printed or written
         *("data_path", "masks", "output_dir", "device", "gpu", "rank", "dist_url", "dist_backend", "distributed"),
-        *("print_freq", "tensorboard", "save_best", "test_only", "demo", "resume", "init_weights", "start_epoch"),
+        *(
+            "print_freq",
+            "progress_lines",
+            "tensorboard",
+            "save_best",
+            "test_only",
+            "demo",
+            "resume",
+            "init_weights",
+            "start_epoch",
+        ),
         "overwrite",
         # speed
         *("workers", "channels_last", "compile"),
