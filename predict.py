@@ -42,6 +42,7 @@ from train_utils.prediction_files import (
     picture_paths,
     plan_outputs,
     progress_line,
+    remove_other_pictures,
     write_pictures,
 )
 from train_utils.prediction_report import REPORT, THUMBNAILS, write_report
@@ -73,10 +74,17 @@ def main(args: argparse.Namespace) -> None:
     settings = digest(Path(args.weights), describe_settings(args).encode())
     done: list[Outcome] = []
     started, new = time.perf_counter(), 0
+
+    def work(job: tuple[Path, Path, Row | None]) -> Outcome:
+        return work_on(*job, segmenter, settings, args)
+
+    def tell_of_stop() -> None:
+        print("stopping as soon as the photographs that were begun are done", flush=True)
+
     with PredictionTable(table) as rows:
         jobs = [(path, mask, rows.former(mask)) for path, mask in zip(photographs, masks, strict=True)]
         try:
-            with closing(in_order(lambda job: work_on(*job, segmenter, settings, args), jobs)) as outcomes:
+            with closing(in_order(work, jobs, on_interrupt=tell_of_stop)) as outcomes:
                 for number, outcome in enumerate(outcomes, start=1):
                     done.append(outcome)
                     rows.add(outcome.row)
@@ -122,12 +130,11 @@ def work_on(
         settings: the digest of the weights and the flags.
     """
     started = time.perf_counter()
-    row = dict.fromkeys(COLUMNS, "") | {"file": escaped(path), "mask": escaped(Path(mask.name))}
+    row = dict.fromkeys(COLUMNS, "") | {"file": escaped(path)}
     try:
         row |= digests(path, settings, args)
-        if former and not former["error"] and not args.overwrite:
+        if former and not args.overwrite:
             if former["photograph_digest"] != row["photograph_digest"] and former["file"] != row["file"]:
-                row["mask"] = ""
                 raise PhotographError(
                     f"{path}: {mask} is the mask of {former['file']}; choose another --output, or give --overwrite"
                 )
@@ -137,8 +144,11 @@ def work_on(
         prediction = predict(path, segmenter, args)
         with memory_for(path):
             write_pictures(prediction, mask, args)
-        row |= facts(prediction, time.perf_counter() - started)
-        return Outcome(path, row, f"{progress_line(prediction)} -> {mask}")
+        if former:
+            remove_other_pictures(mask, args)  # of the mask before
+        row |= facts(prediction, time.perf_counter() - started) | {"mask": escaped(Path(mask.name))}
+        replaced = " (in place of the one with other weights or flags)" if former and not args.overwrite else ""
+        return Outcome(path, row, f"{progress_line(prediction)} -> {mask}{replaced}")
     except DatasetError as error:
         row["error"] = printable(str(error))
         return Outcome(path, row, f"failed: {error}", error=str(error))

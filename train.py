@@ -5,6 +5,7 @@ import src.threads  # noqa: F401  # before torch is imported
 # isort: split
 
 import argparse
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,7 +57,6 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
     settle(args, device, checkpoint)
     train_data, val_data = open_datasets(args, device)
     check_what_is_scored(train_data.files, args)
-    record_run(args, device, train_data.files, val_data.files, checkpoint)
     train_loader, val_loaders = make_loaders(train_data, val_data, device, args, drop_last=False)
 
     torch.manual_seed(args.seed)
@@ -64,7 +64,8 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
     state = TrainingState(
         model, device, len(train_loader), args, train_data.files, val_data.files, train_data.median_scale()
     )
-    best_dice = fit(model, state, train_loader, val_loaders, checkpoint)
+    record = functools.partial(record_run, args, device, train_data.files, val_data.files, checkpoint)
+    best_dice = fit(model, state, train_loader, val_loaders, checkpoint, record)
     conclude_training(device, args, best_dice)
     if args.demo:
         photograph, roi_mask = val_data.files[0].photograph, val_data.files[0].roi_mask

@@ -5,6 +5,7 @@ import src.threads  # noqa: F401  # before torch is imported
 # isort: split
 
 import argparse
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -51,7 +52,6 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
     train_data, val_data = open_datasets(args, device)
     check_what_is_scored(train_data.files, args)
     require_a_step(len(train_data), args)
-    record_run(args, device, train_data.files, val_data.files, checkpoint)
     train_loader, val_loaders = make_loaders(train_data, val_data, device, args, drop_last=True)
 
     torch.manual_seed(args.seed)
@@ -60,7 +60,8 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
     state = TrainingState(
         raw_model, device, len(train_loader), args, train_data.files, val_data.files, train_data.median_scale()
     )
-    best_dice = fit(model, state, train_loader, val_loaders, checkpoint)
+    record = functools.partial(record_run, args, device, train_data.files, val_data.files, checkpoint)
+    best_dice = fit(model, state, train_loader, val_loaders, checkpoint, record)
     conclude_training(device, args, best_dice)
 
 

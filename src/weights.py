@@ -61,7 +61,9 @@ def read_file(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file of weights; train first, or give the path of one") from error
+        raise CheckpointError(
+            f"{path}: no such file of weights; train first, or give pretrained/unet_fundus.pth or another"
+        ) from error
     except UnpicklingError as error:
         if forbidden := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(

@@ -246,6 +246,7 @@ class Project(Subject):
         args = predict.parse_args(["--device", self.args.device, "--image", str(self.path), "--scale", "1"])
         checkpoint = {name: getattr(self.args, name) for name in ("mean", "std", "normalization")}
         checkpoint |= {"fov_diameter": DRIVE_FOV_DIAMETER, "model_args": self.model.model_args}
+        checkpoint["normalization_assumed"] = False
         predict.settle_by_checkpoint(args, checkpoint)
         segmenter = Segmenter(self.model, checkpoint)
         return lambda: predict.predict(self.path, segmenter, args).labels == 1

@@ -45,3 +45,20 @@ def test_an_error_comes_in_its_place():
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+def test_what_was_begun_comes_after_an_interrupt():
+    stopped = []
+
+    def work(item):
+        if item == 2:
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        return item
+
+    results = in_order(work, iter(range(100)), on_interrupt=lambda: stopped.append(True))
+    found = []
+    with pytest.raises(KeyboardInterrupt):
+        for result in results:
+            found.append(result)
+    assert stopped == [True] and found == [0, 1, 3]

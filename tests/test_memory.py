@@ -14,7 +14,8 @@ import torch
 from train_utils.command_line import run_script
 
 def main(args):
-    torch.ones(16 * 2**20)
+    for _ in range(10):
+        torch.ones(16 * 2**20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         torch.ones(16 * 2**20)
@@ -37,7 +38,7 @@ def test_the_scripts_use_freed_memory_again() -> None:
         )
         for as_script in (True, False)
     }
-    # One growth of the heap is allowed for: aligned blocks do not always fit where the first one was.
+    # Where the heap begins is random, and aligned blocks do not always fit where others were: it grows at first.
     assert faults[True] < faults[False] / 5
 
 

@@ -15,6 +15,7 @@ import torch
 
 import train
 import train_multi_GPU
+from src.errors import UserError
 from tests.conftest import SMALL_RUN
 from tests.processes import PROJECT, clean_environment, in_processes
 from train_utils import run_folder
@@ -40,7 +41,7 @@ def test_a_second_start_is_refused_with_the_ways_out(shared_drive, working_direc
         run_script(script.main, script.parse_args(["--data-path", str(shared_drive), *ONE, "--seed", "1"]))
     error = capsys.readouterr().err
     assert stopped.value.code == 1 and error.count("\n") == 1
-    assert f"{folder}: holds best_model.pth and last_model.pth of another run" in error
+    assert f"{folder}: holds best_model.pth and last_model.pth of an earlier run" in error
     assert all(way in error for way in ("--resume auto", "--overwrite", "another --output-dir"))
     assert weights_in(Path(folder)) == before and not Path(folder, "run.lock").exists()
     run(shared_drive, "--test-only", "--resume", Path(folder, "best_model.pth"), script=script)
@@ -50,11 +51,19 @@ def test_a_second_start_is_refused_with_the_ways_out(shared_drive, working_direc
     assert weights_in(Path(folder)) != before
 
 
+def test_a_refused_run_is_not_recorded(shared_drive, working_directory):
+    run(shared_drive)
+    before = Path("save_weights", "run.json").read_bytes()
+    with pytest.raises(UserError, match="--optimizer"):
+        run(shared_drive, "--resume", "auto", "--optimizer", "adamw")
+    assert Path("save_weights", "run.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["best_model.pth", "last_model.pth"])
 def test_one_file_of_weights_is_enough(shared_drive, working_directory, name):
     WEIGHTS.mkdir()
     Path(WEIGHTS, name).write_bytes(b"of another run")
-    with pytest.raises(UsageError, match=f"holds {name} of another run"):
+    with pytest.raises(UsageError, match=f"holds {name} of an earlier run"):
         run(shared_drive)
 
 
@@ -159,7 +168,7 @@ def test_all_processes_stop_together(shared_drive, tmp_path):
     (tmp_path / "multi_train").mkdir()
     (tmp_path / "multi_train" / "best_model.pth").touch()
     printed = in_processes(second_start, 2, tmp_path, f"file://{tmp_path}/meet", shared_drive)
-    assert "multi_train: holds best_model.pth of another run" in printed[0]
+    assert "multi_train: holds best_model.pth of an earlier run" in printed[0]
     assert "Traceback" not in "".join(printed)
     assert not (tmp_path / "multi_train" / "run.lock").exists()
 

@@ -181,7 +181,7 @@ def test_settling_twice_changes_nothing(settled):
 def test_flips_are_settled_by_the_checkpoint_unless_asked_for(shared_drive):
     for flags, stored, expected in (([], True, True), ([], False, False), (["--no-tta"], True, False)):
         args = train.parse_args(["--data-path", str(shared_drive), *flags])
-        settle(args, CPU, {"tta": stored, "args": {}})
+        settle(args, CPU, {"tta": stored, "args": {}, "path": "last_model.pth"})
         assert args.tta is expected
 
 

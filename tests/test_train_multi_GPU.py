@@ -135,7 +135,7 @@ def decide_together(meeting_point, data):
     train_data, _ = open_datasets(args, cpu)
     state = TrainingState(train.create_model(base_c=4), cpu, 1, args, train_data.files)
     if not last:
-        save_checkpoint(state.checkpoint() | {"validated_on": []}, "weights.pth")
+        save_checkpoint(state.checkpoint() | {"validated_on": [], "epoch": 0}, "weights.pth")
     args.output_dir = "missing/folder"
     print(outcome(score_weights, "weights.pth", cpu, args))  # adds the threshold, then cannot write the scores
     if not last:

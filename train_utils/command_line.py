@@ -5,6 +5,7 @@ import errno
 import io
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -54,7 +55,11 @@ class Parser(argparse.ArgumentParser):
         return self._groups[title]
 
     def error(self, message: str) -> NoReturn:
-        hint = "; give a value that begins with a dash as --flag=-value" if "expected" in message else ""
+        hint = ""
+        if "expected" in message:
+            hint = "; give a value that begins with a dash as --flag=-value"
+        elif message.startswith("unrecognized arguments"):
+            hint = "; a value follows the name of its flag, as --image photograph.jpg"
         self.exit(2, f"{self.prog}: error: {message}{hint} (see --help)\n")
 
 
@@ -166,6 +171,14 @@ def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namesp
         if error.alone or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read the lines, such as `head`, has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # 128 and the number of the signal, as shells say it
+        raise
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # threads that are at work end first
         print("interrupted", file=sys.stderr)
-        sys.exit(130)  # 128 and the number of the signal, as shells say it
+        sys.exit(130)

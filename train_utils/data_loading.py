@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from my_dataset import DriveDataset
 from src.colours import Normalization, prepare
-from src.dataset_files import root_names
+from src.dataset_files import describe, root_names
 from transforms import get_transform
 
 from .command_line import UsageError
@@ -59,6 +59,8 @@ def open_datasets(args: argparse.Namespace, device: torch.device) -> tuple[Drive
         data.require_classes(args.num_classes)
         datasets.append(_on_device(data, device) if args.device_data else data)
     if is_main_process():
+        trained, validated = datasets
+        print(f"training on {len(trained)} photographs, validating on {len(validated)} ({describe(validated.files)})")
         _warn_of_labels(datasets)
     without = [item for data in datasets for item in data.files if item.roi_mask is None]
     if without and is_main_process():

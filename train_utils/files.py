@@ -59,6 +59,18 @@ def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[Mapping[s
         file.write(text.getvalue().encode(errors="surrogateescape"))  # a file name need not be UTF-8
 
 
+def remove(path: Path) -> None:
+    """Remove a file, if it is there.
+
+    Raises:
+        OutputError: it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be removed ({_reason(error)})") from error
+
+
 def create_new(path: str | Path) -> bool:
     """Create an empty file; return False if it exists.
 

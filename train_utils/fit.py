@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,6 +34,7 @@ def fit(
     train_loader: DataLoader,
     val_loaders: Mapping[str, DataLoader],
     checkpoint: Checkpoint | None = None,
+    record: Callable[[], None] | None = None,
 ) -> float:
     """Train for the remaining epochs by the settled flags in `state.args`; return the best Dice, -1 without any.
 
@@ -46,6 +47,7 @@ def fit(
         train_loader: of this process.
         val_loaders: of this process, one for each data set by its name; none: nothing is validated.
         checkpoint: to continue from.
+        record: called when nothing stands in the way of the first epoch.
 
     Raises:
         NonFiniteLossError: the loss or the weights became NaN or infinite; the files of earlier epochs are kept.
@@ -59,6 +61,8 @@ def fit(
         model = torch.compile(model)  # checkpoints and evaluation are of state.model
     on_main_process(make_output_folder, ".", "the working directory (for the results files)")
     _resume_or_pretrain(state, val_loaders, checkpoint)
+    if record is not None:
+        record()
     saver = Saver()
     on_main_process(state.results.write, state.results.rows)
     tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch) if args.tensorboard else None

@@ -8,20 +8,44 @@ from typing import TypeVar
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], at_once: int = 2) -> Iterator[Result]:
+def in_order(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    at_once: int = 2,
+    on_interrupt: Callable[[], None] = lambda: None,
+) -> Iterator[Result]:
     """The results of a function, in the order of the items; `at_once` threads work on as many of them ahead.
 
     An error of the function is raised in its place. Items that were begun are finished even if the iterator is closed.
+    After a KeyboardInterrupt, `on_interrupt` is called, their results still come, and then the KeyboardInterrupt.
     """
     under_way: deque[Future[Result]] = deque()
+    interruption = None
     with ThreadPoolExecutor(at_once) as threads:
+        remaining = iter(items)
         try:
-            for item in items:
-                under_way.append(threads.submit(function, item))
-                if len(under_way) == at_once:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
+            while True:
+                while interruption is None and len(under_way) < at_once:
+                    try:
+                        under_way.append(threads.submit(function, next(remaining)))
+                    except StopIteration:
+                        break
+                if not under_way:
+                    break
+                try:
+                    result = under_way[0].result()
+                except KeyboardInterrupt as error:
+                    if interruption is not None:
+                        raise
+                    interruption = error
+                    on_interrupt()
+                    if under_way[0].done() and under_way[0].exception() is error:
+                        under_way.popleft()
+                    continue
+                under_way.popleft()
+                yield result
         finally:
             for future in under_way:
                 future.cancel()
+    if interruption is not None:
+        raise interruption

@@ -16,7 +16,7 @@ from src import Segmentation
 from src.photograph import IMAGE_SUFFIXES, PhotographError, images_in, list_photographs, load_image
 
 from .command_line import UsageError
-from .files import replace_whole, require_no_input
+from .files import remove, replace_whole, require_no_input
 from .prediction_report import REPORT, THUMBNAILS, thumbnail_paths, write_thumbnails
 from .prediction_table import TABLE
 
@@ -164,6 +164,17 @@ def picture_paths(mask: Path, args: argparse.Namespace) -> list[Path]:
     kinds = {"probability": args.save_prob, "overlay": args.overlay}
     thumbnails = thumbnail_paths(mask) if args.report else ()
     return [mask, *(beside(mask, kind) for kind, asked in kinds.items() if asked), *thumbnails]
+
+
+def remove_other_pictures(mask: Path, args: argparse.Namespace) -> None:
+    """Remove the pictures of a mask that `write_pictures` does not write: they would show an earlier one.
+
+    Raises:
+        OutputError: one cannot be removed.
+    """
+    kinds = (beside(mask, kind) for kind in KINDS if kind != "vessels")
+    for path in {*kinds, *thumbnail_paths(mask)} - set(picture_paths(mask, args)):
+        remove(path)
 
 
 def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace) -> None:

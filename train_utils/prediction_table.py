@@ -59,14 +59,17 @@ class PredictionTable:
         return self.rows.get(escaped(Path(mask.name)))
 
     def add(self, row: Row) -> None:
-        """Append a row; it replaces an earlier one of the same mask, or without a mask of the same file.
+        """Append a row; it replaces those of the same mask, and of a failure those of the same photograph.
 
         Raises:
             OutputError: it cannot be written.
         """
-        name = row["mask"] or row["file"]
-        self.rows.pop(name, None)
-        self.rows[name] = row
+        old = [row["mask"], row["file"]]
+        if not row["mask"]:
+            old += [name for name, other in self.rows.items() if other["file"] == row["file"]]
+        for name in old:
+            self.rows.pop(name, None)
+        self.rows[row["mask"] or row["file"]] = row
         if self.path is None:
             return
         try:

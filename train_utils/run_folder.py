@@ -127,7 +127,7 @@ def _require_nothing_lost(args: argparse.Namespace, overwrite: bool) -> None:
     found = [name for name in (BEST_MODEL, LAST_MODEL) if (folder / name).exists()]
     if found and not (args.resume or overwrite):
         raise UsageError(
-            f"--output-dir {folder}: holds {' and '.join(found)} of another run; --resume auto goes on with it, "
+            f"--output-dir {folder}: holds {' and '.join(found)} of an earlier run; --resume auto goes on with it, "
             "--overwrite replaces it, and another --output-dir keeps it"
         )
 

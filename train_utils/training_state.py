@@ -181,7 +181,8 @@ class TrainingState:
         if mixed := set(before) & set(self.validated_on):
             raise CheckpointError(
                 f"{checkpoint['path']}: was trained on {len(mixed)} of the {len(self.validated_on)} photographs to "
-                "validate on; give the --data-path, --fold and --val-split of that run, or start a new one without it"
+                "validate on, whose Dice would be too high; validate on others (as the run of these weights did, by "
+                "its --data-path, --fold and --val-split), or give --train-on-all, which validates nothing"
             )
         self.trained_on += [digest for digest in before if digest not in self.trained_on]
 
@@ -310,7 +311,9 @@ def _load(path: Path) -> Checkpoint:
     checkpoint = load_checkpoint(path)
     for key in ("optimizer", "epoch"):
         if key not in checkpoint:
-            raise CheckpointError(f"{path}: holds weights but no '{key}', so training cannot go on from it")
+            raise CheckpointError(
+                f"{path}: holds weights but no '{key}', so its run cannot go on; --init-weights starts a new one"
+            )
     print(f"resuming from {path}, after epoch {checkpoint['epoch']}")
     return checkpoint
 
