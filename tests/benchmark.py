@@ -19,6 +19,7 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -64,14 +65,15 @@ VALIDATED = 3  # photographs, held out of the training ones
 DATA = "a photograph through the training transforms"
 FORWARD, LOSS, BACKWARD, OPTIMIZER = (f"training step: {part}" for part in ("forward", "loss", "backward", "optimizer"))
 STEP = "training step, whole"
+BUSY = "the same, beside a busy process"
 GAP = "lost between two epochs by loading"
 VALIDATION = "validation, a photograph"
 INFERENCE = "forward pass of a photograph"
 PREDICTION = "predict.py, a photograph"
 MEMORY = "peak memory"
-ROWS = (DATA, FORWARD, LOSS, BACKWARD, OPTIMIZER, STEP, GAP, VALIDATION, INFERENCE, PREDICTION, MEMORY)
+ROWS = (DATA, FORWARD, LOSS, BACKWARD, OPTIMIZER, STEP, BUSY, GAP, VALIDATION, INFERENCE, PREDICTION, MEMORY)
 
-MEASUREMENTS = ("data", "gap", "step", "validation", "inference", "prediction", "memory")  # of each variant
+MEASUREMENTS = ("data", "gap", "step", "busy", "validation", "inference", "prediction", "memory")  # of each variant
 
 Measured = dict[str, float]  # by row; or FLOP per second by precision
 
@@ -149,6 +151,10 @@ class Subject:
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.device = args, device
 
+    def busy(self) -> Measured:
+        """Only of the project: the naive variant would have to wait by spinning, in an environment of its own."""
+        return {}
+
     def memory(self) -> Measured:
         """The most bytes so far, of the GPU or else of the whole process."""
         if self.device.type == "cuda":
@@ -220,6 +226,14 @@ class Project(Subject):
             for hook in hooks:
                 hook.remove()
         return clock.parts_of_step() | {STEP: whole / len(self.batches)}
+
+    def busy(self) -> Measured:
+        process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            return {BUSY: self.step()[STEP]}
+        finally:
+            process.kill()
+            process.wait()
 
     def validation(self) -> Measured:
         return {VALIDATION: seconds(self.evaluate, self.device) / len(self.val_loader.dataset)}
@@ -537,7 +551,8 @@ def show(row: str, value: float) -> str:
 def table(project: Measured, naive: Measured, limit: Measured) -> str:
     lines = ["| | this project | naive | project : naive | limit | project : limit |", "|---|---|---|---|---|---|"]
     for row in ROWS:
-        cells = [row, show(row, project[row]), show(row, naive[row]), f"{project[row] / naive[row]:.2f}"]
+        cells = [row, show(row, project[row])]
+        cells += [show(row, naive[row]), f"{project[row] / naive[row]:.2f}"] if row in naive else ["", ""]
         cells += [show(row, limit[row]), f"{project[row] / limit[row]:.2f}"] if row in limit else ["", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

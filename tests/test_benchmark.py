@@ -21,7 +21,8 @@ def numbers_of(table):
     rows = {cells[1]: cells[2:-1] for cells in ([cell.strip() for cell in line.split("|")] for line in table[2:])}
     assert tuple(rows) == benchmark.ROWS
     for row, (*amounts, limit, project_to_limit) in rows.items():
-        assert all(float(re.match(r"[\d.e+-]+", cell)[0]) > 0 for cell in amounts), row
+        given = amounts[:1] if row == benchmark.BUSY else amounts  # of this project alone
+        assert all(float(re.match(r"[\d.e+-]+", cell)[0]) > 0 for cell in given), row
         assert bool(limit) == bool(project_to_limit)
     return rows
 
