@@ -99,7 +99,9 @@ def _line(draw: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], colo
 
 
 def _dot(draw: ImageDraw.ImageDraw, point: tuple[float, float]) -> None:
-    draw.circle([SMOOTHING * coordinate for coordinate in point], 4 * SMOOTHING, fill=CURVE)
+    (x, y), radius = point, 4
+    box = [x - radius, y - radius, x + radius, y + radius]
+    draw.ellipse([SMOOTHING * coordinate for coordinate in box], fill=CURVE)
 
 
 def _text(

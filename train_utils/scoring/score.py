@@ -150,8 +150,8 @@ def _report(measurement: Measurement, origin: Origin, args: argparse.Namespace) 
 def _write_and_print(measurement: Measurement, origin: Origin, folder: Path) -> None:
     report = make_report(measurement, origin)
     write_report(report, measurement, folder)
-    print(format_report(report, measurement))
-    print(f"the scores are in {folder}: scores.json, scores.csv, scores.png", flush=True)
+    print(f"scores.json, scores.csv and scores.png are in {folder}")
+    print(format_report(report, measurement), flush=True)
 
 
 def _report_faults(photographs: DriveDataset) -> None:
