@@ -16,6 +16,12 @@ from train_utils.command_line import run_script
 SMALL = {"unet": {"base_c": 4}, "unet_paper": {"base_c": 4}, "mobilenet_v3": {}, "vgg16": {}}
 
 
+with_an_exporter = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7),
+    reason="PyTorch 2.6 cannot translate the padding",
+)
+
+
 def varied_model(arch, **model_args):
     """With weights and running statistics that make the logits vary as those of a trained model."""
     torch.manual_seed(0)
@@ -36,6 +42,7 @@ def outputs(model, image):
     return logits
 
 
+@with_an_exporter
 @pytest.mark.parametrize(
     "arch, model_args",
     [
@@ -114,6 +121,18 @@ def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
     assert "--export: needs what is not installed here; pip install" in fails(
         capsys, "--export", str(tmp_path / "model.onnx")
     )
+
+
+def test_an_exporter_that_is_too_old(capsys, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise torch.onnx.OnnxExporterError("no such operator")
+
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    save_checkpoint({"model": varied_model("unet").state_dict()}, tmp_path / "weights.pth")
+    flags = ("--weights", str(tmp_path / "weights.pth"), "--export", str(tmp_path / "model.onnx"))
+    assert "cannot write this model as ONNX" in fails(capsys, *flags)
 
 
 def test_weights_that_are_missing(capsys, tmp_path):

@@ -10,6 +10,7 @@ import predict
 from src import Segmenter, create_model
 from src.field_of_view import find_field_of_view
 from tests.test_checkpoint import save_as_the_tutorial
+from tests.test_export import with_an_exporter
 from tests.test_predict import MEAN, STD, make_model, photographs, pixels, run  # noqa: F401
 from train_utils import load_checkpoint, load_model, publish
 from train_utils.checkpoint import add_to_checkpoint
@@ -64,6 +65,7 @@ def test_wrong_flags(capsys, wrong):
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+@with_an_exporter
 def test_an_onnx_file_holds_what_the_flags_tell(tmp_path, bare):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

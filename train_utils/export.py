@@ -49,7 +49,7 @@ def export_onnx(
         settle: may change the checkpoint's `mean`, `std` and `normalization`.
 
     Raises:
-        ExportError: a package is missing.
+        ExportError: a package is missing or too old.
         CheckpointError: the weights cannot be used.
         train_utils.files.OutputError: the file cannot be written, or is that of the weights.
     """
@@ -65,14 +65,20 @@ def export_onnx(
     # The exporter prints each of its steps and warns about its own deprecated parts.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            _Logits(model),
-            (image,),
-            input_names=["image"],
-            output_names=["logits"],
-            dynamic_shapes={"image": {0: free, 2: free, 3: free}},
-            dynamo=True,
-        )
+        try:
+            program = torch.onnx.export(
+                _Logits(model),
+                (image,),
+                input_names=["image"],
+                output_names=["logits"],
+                dynamic_shapes={"image": {0: free, 2: free, 3: free}},
+                dynamo=True,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(
+                f"--export: PyTorch {torch.__version__} cannot write this model as ONNX with the onnxscript that is "
+                "installed; update both (PyTorch 2.6 cannot translate the padding of the U-Net)"
+            ) from error
     for name in ("mean", "std", "normalization", "model_args"):
         program.model.metadata_props[name] = json.dumps(checkpoint[name])
     with replace_whole(path) as file:
