@@ -753,7 +753,7 @@ def test_probability_overlay_and_threshold(tmp_path, weights, photographs):
     run(*flags, "--output", tmp_path / "out", "--save-prob", "--overlay")
     assert files(tmp_path / "out") == ["01_overlay.png", "01_probability.png", "01_vessels.png", "predictions.csv"]
     with Image.open(tmp_path / "out" / "01_probability.png") as stored:
-        assert (stored.mode, stored.size) == ("I;16", (80, 72))
+        assert stored.mode in ("I", "I;16") and stored.size == (80, 72)  # "I" by an older Pillow
         probability = np.array(stored) / 65535
     expected = segment(load_model(weights, CPU)[0], read_photograph(image), MEAN, STD)[0].numpy()
     np.testing.assert_allclose(probability, expected, atol=1e-5)
