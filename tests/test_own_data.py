@@ -144,7 +144,7 @@ def test_photographs_are_brought_to_the_working_diameter(shared_drive, large):
 def test_scores_and_predictions_agree_at_another_scale(large, working_directory, capsys):
     import predict
 
-    threshold = ["--threshold", "0.3"]  # after so few steps nothing has a probability above 0.5
+    threshold = ["--threshold", "0.15"]  # after so few steps nothing has a probability above 0.5
     run("--data-path", large, "--epochs", 2, "--steps-per-epoch", 15, "--fov-diameter", 69, *threshold)
     weights = ["--weights", "out/best_model.pth", "--image", str(large / "images"), "--roi-mask", str(large / "masks")]
     predict.main(predict.parse_args([*weights, "--output", "masks", *threshold]))
