@@ -79,15 +79,15 @@ def runnable(command):
 @pytest.fixture
 def everything(working_directory):
     """A working directory with all the files and folders that the pages name."""
-    for folder in ("FOLDER_WITH_DRIVE", "source"):
-        write_synthetic_drive(folder, training=5, test=2, width=96, height=90)
+    for seed, folder in enumerate(("FOLDER_WITH_DRIVE", "source", "other")):
+        write_synthetic_drive(folder, training=5, test=2, width=96, height=90, seed=seed)
     os.symlink("FOLDER_WITH_DRIVE/DRIVE", "DRIVE")
     os.symlink(PROJECT / "pretrained", "pretrained")
     source = Path("source/DRIVE/training")
-    for folder in ("MY_DATA", "HRF"):
+    for folder, root in (("MY_DATA", "source"), ("HRF", "other")):
         Path(folder).mkdir()
-        shutil.copytree(source / "images", f"{folder}/images")
-        shutil.copytree(source / "1st_manual", f"{folder}/labels")
+        shutil.copytree(f"{root}/DRIVE/training/images", f"{folder}/images")
+        shutil.copytree(f"{root}/DRIVE/training/1st_manual", f"{folder}/labels")
     for folder in ("my_photographs", "left"):
         shutil.copytree(source / "images", folder)
     photographs = sorted(Path("source/DRIVE/test/images").iterdir())
