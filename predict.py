@@ -46,7 +46,7 @@ from train_utils.prediction_files import (
     write_pictures,
 )
 from train_utils.prediction_report import REPORT, THUMBNAILS, write_report
-from train_utils.prediction_table import COLUMNS, FACTS, PredictionTable, Row, digest, escaped, printable
+from train_utils.prediction_table import COLUMNS, DIGESTS, FACTS, PredictionTable, Row, digest, escaped, printable
 
 TRAINED = Path("save_weights", "best_model.pth")
 
@@ -138,16 +138,19 @@ def work_on(
                 raise PhotographError(
                     f"{path}: {mask} is the mask of {former['file']}; choose another --output, or give --overwrite"
                 )
-            same = all(former[name] == row[name] for name in ("photograph_digest", "settings_digest"))
+            same = all(former[name] == row[name] for name in DIGESTS)
             if same and all(picture.exists() for picture in picture_paths(mask, args)):
                 return Outcome(path, former, f"{path}: segmented before -> {mask}", kept=True)
         prediction = predict(path, segmenter, args)
         with memory_for(path):
             write_pictures(prediction, mask, args)
-        if former:
+        before = former and [former[name] for name in DIGESTS]
+        if before and before != [row[name] for name in DIGESTS]:
             remove_other_pictures(mask, args)  # of the mask before
         row |= facts(prediction, time.perf_counter() - started) | {"mask": escaped(Path(mask.name))}
-        replaced = " (in place of the one with other weights or flags)" if former and not args.overwrite else ""
+        replaced = (
+            " (in place of the one with other weights or flags)" if before and before[1] != row[DIGESTS[1]] else ""
+        )
         return Outcome(path, row, f"{progress_line(prediction)} -> {mask}{replaced}")
     except DatasetError as error:
         row["error"] = printable(str(error))

@@ -396,9 +396,46 @@ def test_a_second_run_with_other_flags_begins_anew(segmented, capsys, changed):
     run(*flags, *changed)
     lines = lines_of(capsys)
     assert len(lines) == 4 and not any("segmented before" in line for line in lines)
-    assert all("(in place of the one with other weights or flags)" in line for line in lines)
+    other = changed != ("--overlay",)  # of the same mask
+    assert all(("(in place of the one with other weights or flags)" in line) == other for line in lines)
     assert kept(capsys, *flags, *changed) == [1, 2, 3, 4]
     assert len(table(out)) == 4
+
+
+def test_pictures_of_a_mask_that_stays_stay(segmented, capsys):
+    flags, out = segmented
+    run(*flags, "--save-prob")
+    run(*flags, "--overlay")
+    assert not any("in place of" in line for line in lines_of(capsys))
+    assert len(files(out)) == 4 * 3 + 1
+
+
+def test_a_photograph_may_have_the_name_of_a_mask(tmp_path, weights, photographs, capsys):
+    for name, source in (("x.png", "01.png"), ("x_vessels.png", "02.png")):
+        (photographs / source).rename(photographs / name)
+    flags = ("--weights", weights, "--output", tmp_path / "out")
+    images = ("--image", photographs / "x.png", photographs / "x_vessels.png")
+    run(*flags, *images)
+    assert [row["mask"] for row in table(tmp_path / "out")] == ["x_vessels.png", "x_vessels_vessels.png"]
+    (photographs / "x_vessels.png").write_bytes(b"no picture")
+    assert "x_vessels.png: not an image" in fails_of_many(capsys, *flags, *images)
+    assert "not an image" in fails_of_many(capsys, *flags, *images)
+
+
+def test_a_damaged_table_is_one_line(segmented, capsys):
+    flags, out = segmented
+    path = out / "predictions.csv"
+    path.write_text(path.read_text().splitlines(keepends=True)[0] + '"' + "a" * 200_000 + "\n")
+    assert "predictions.csv there is damaged" in fails(capsys, *flags)
+
+
+def test_whoever_reads_the_lines_may_end(tmp_path, weights, photographs):
+    command = [sys.executable, "-u", PROJECT / "predict.py", "--device", "cpu", "--weights", weights]
+    command += ["--image", photographs, "--output", tmp_path / "out"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
 
 
 def test_pictures_of_a_mask_that_was_replaced_go(segmented, capsys):
@@ -446,10 +483,10 @@ def test_failures_are_tried_again(segmented, capsys, photographs):
     assert f"{photographs / '04.png'}: not an image" in fails_of_many(capsys, *flags)
     row = table(out)[-1]
     assert (row["mask"], row["width"]) == ("", "") and "not an image" in row["error"]
-    assert len(table(out)) == 4
+    assert len(table(out)) == 5  # with that of the mask, which is still there
     (photographs / "04.png").write_bytes(whole)
-    assert kept(capsys, *flags) == [1, 2, 3]
-    assert not any(row["error"] for row in table(out))
+    assert kept(capsys, *flags) == [1, 2, 3, 4]
+    assert not (out / "04_overlay.png").exists()
 
 
 def fails_of_many(capsys, *flags):

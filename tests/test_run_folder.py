@@ -60,6 +60,26 @@ def test_a_refused_run_is_not_recorded(shared_drive, working_directory):
 
 
 @pytest.mark.parametrize("name", ["best_model.pth", "last_model.pth"])
+def test_weights_that_no_run_can_go_on_from_stay(shared_drive, working_directory, name):
+    run(shared_drive)
+    Path("save_weights").rename("first")
+    WEIGHTS.mkdir()
+    Path(WEIGHTS, name).write_bytes(b"of an earlier run")
+    with pytest.raises(UserError, match="none that a run can go on from"):
+        run(shared_drive, "--resume", "auto")
+    with pytest.raises(UsageError, match=f"holds {name} of an earlier run"):
+        run(shared_drive, "--resume", "first/last_model.pth", "--epochs", "2")
+    assert Path(WEIGHTS, name).read_bytes() == b"of an earlier run"
+
+
+def test_every_epoch_of_an_earlier_run_stays(shared_drive, working_directory):
+    WEIGHTS.mkdir()
+    Path(WEIGHTS, "model_0.pth").write_bytes(b"of an earlier run")
+    with pytest.raises(UsageError, match="holds model_0.pth of an earlier run"):
+        run(shared_drive, "--save-best", "False")
+
+
+@pytest.mark.parametrize("name", ["best_model.pth", "last_model.pth"])
 def test_one_file_of_weights_is_enough(shared_drive, working_directory, name):
     WEIGHTS.mkdir()
     Path(WEIGHTS, name).write_bytes(b"of another run")

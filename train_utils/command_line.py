@@ -163,6 +163,13 @@ def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namesp
             stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # whoever read the lines, such as `head`, has ended
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # 128 and the number of the signal, as shells say it
+        raise
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
             if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
@@ -171,13 +178,6 @@ def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namesp
         if error.alone or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # whoever read the lines, such as `head`, has ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)  # 128 and the number of the signal, as shells say it
-        raise
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # threads that are at work end first
         print("interrupted", file=sys.stderr)

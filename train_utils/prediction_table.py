@@ -15,7 +15,8 @@ TABLE = "predictions.csv"
 # What is told of a photograph; and what a later run compares: the digests of the photograph and of all that its mask
 # depends on besides.
 FACTS = ("width", "height", "field_of_view_diameter", "scale", "vessel_share", "reliability", "warning", "seconds")
-COLUMNS = ("file", "mask", *FACTS, "error", "photograph_digest", "settings_digest")
+DIGESTS = ("photograph_digest", "settings_digest")
+COLUMNS = ("file", "mask", *FACTS, "error", *DIGESTS)
 SYNC_SECONDS = 1.0  # at most this much of the table is lost with the power
 
 Row = Mapping[str, str]
@@ -37,10 +38,10 @@ class PredictionTable:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[tuple[str, str], Row] = {}  # by the name of the mask; failures by that of the photograph
         if path is None:
             return
-        self.rows = {row["mask"] or row["file"]: row for row in _read(path)}
+        self.rows = {_key(row): row for row in _read(path)}
         self._write_all()  # without the half of a line that a killed run may have left
         self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
         self._writer = csv.DictWriter(self._file, COLUMNS)
@@ -56,20 +57,17 @@ class PredictionTable:
 
     def former(self, mask: Path) -> Row | None:
         """The row of a mask in this folder."""
-        return self.rows.get(escaped(Path(mask.name)))
+        return self.rows.get(("mask", escaped(Path(mask.name))))
 
     def add(self, row: Row) -> None:
-        """Append a row; it replaces those of the same mask, and of a failure those of the same photograph.
+        """Append a row; it replaces an earlier one of the same mask, and a failure of the same photograph.
 
         Raises:
             OutputError: it cannot be written.
         """
-        old = [row["mask"], row["file"]]
-        if not row["mask"]:
-            old += [name for name, other in self.rows.items() if other["file"] == row["file"]]
-        for name in old:
-            self.rows.pop(name, None)
-        self.rows[row["mask"] or row["file"]] = row
+        for key in (_key(row), ("file", row["file"])):
+            self.rows.pop(key, None)
+        self.rows[_key(row)] = row
         if self.path is None:
             return
         try:
@@ -85,6 +83,10 @@ class PredictionTable:
         write_csv(self.path, COLUMNS, self.rows.values())
 
 
+def _key(row: Row) -> tuple[str, str]:
+    return ("mask", row["mask"]) if row["mask"] else ("file", row["file"])
+
+
 def _read(path: Path) -> list[Row]:
     """The whole rows of a table; none of one that an earlier version wrote, which lacks columns."""
     try:
@@ -94,10 +96,13 @@ def _read(path: Path) -> list[Row]:
     except OSError as error:
         raise OutputError(f"{path}: cannot be read ({error.strerror or error}); choose another --output") from error
     lines = text[: text.rfind("\n") + 1].splitlines()
-    header = next(csv.reader(lines[:1]), [])
+    try:
+        header = next(csv.reader(lines[:1]), [])
+        rows = list(csv.DictReader(lines)) if header == list(COLUMNS) else []
+    except csv.Error as error:
+        raise UsageError(f"--output {path.parent}: {path.name} there is damaged ({error}); move it away") from error
     if text and (header[:1] != ["file"] or not set(header) <= set(COLUMNS)):
         raise UsageError(f"--output {path.parent}: {path.name} there is not of predict.py; choose another folder")
-    rows = list(csv.DictReader(lines)) if header == list(COLUMNS) else []
     return [row for row in rows if None not in row and None not in row.values()]
 
 

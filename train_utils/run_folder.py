@@ -37,6 +37,7 @@ except ImportError:  # Windows
 
 PROJECT = Path(__file__).parents[1]
 RUN, LOCK = "run.json", "run.lock"
+ATTEMPTS = 10  # to lock a file that others remove
 WRITTEN = (BEST_MODEL, LAST_MODEL, RUN, "scores.json", "scores.csv", "scores.png", "curves.png")
 
 
@@ -74,11 +75,14 @@ class _Lock:
         self.file: BinaryIO | None = None
 
     def take(self) -> None:
-        while self.file is None:
-            try:
-                file = open(self.path, "a+b")  # noqa: SIM115
-            except OSError as error:
-                raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
+        try:
+            self._take()
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+    def _take(self) -> None:
+        for _ in range(ATTEMPTS):
+            file = open(self.path, "a+b")  # noqa: SIM115
             try:
                 _lock(file)
             except (BlockingIOError, PermissionError) as error:
@@ -94,9 +98,11 @@ class _Lock:
             # The owner before may have removed the file after it was opened here.
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
-                    self.file = file
-                    continue
+                    break
             file.close()
+        else:
+            raise OutputError(f"{self.path}: cannot be locked; choose another --output-dir")
+        self.file = file
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self.file.flush()
@@ -121,11 +127,12 @@ def _lock(file: BinaryIO) -> None:
 def _require_nothing_lost(args: argparse.Namespace, overwrite: bool) -> None:
     folder = Path(args.output_dir)
     written = [folder / name for name in WRITTEN]
-    if not args.save_best:
-        written += folder.glob("model_*.pth")
+    epochs = [] if args.save_best else sorted(folder.glob("model_*.pth"))
+    written += epochs
     require_no_input(written, files_to_start_from(args), f"--output-dir {folder}")
-    found = [name for name in (BEST_MODEL, LAST_MODEL) if (folder / name).exists()]
-    if found and not (args.resume or overwrite):
+    found = [name for name in (BEST_MODEL, LAST_MODEL, *(path.name for path in epochs[:1])) if (folder / name).exists()]
+    goes_on = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
+    if found and not (goes_on or overwrite):
         raise UsageError(
             f"--output-dir {folder}: holds {' and '.join(found)} of an earlier run; --resume auto goes on with it, "
             "--overwrite replaces it, and another --output-dir keeps it"

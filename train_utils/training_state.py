@@ -303,7 +303,7 @@ def load_to_resume(args: argparse.Namespace) -> Checkpoint | None:
     if not args.resume:
         return None
     if args.resume == "auto":
-        return on_main_process(_newest_checkpoint, Path(args.output_dir))
+        return on_main_process(_newest_checkpoint, Path(args.output_dir), args.overwrite)
     return on_main_process(_load, Path(args.resume))
 
 
@@ -318,7 +318,7 @@ def _load(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _newest_checkpoint(folder: Path) -> Checkpoint | None:
+def _newest_checkpoint(folder: Path, overwrite: bool) -> Checkpoint | None:
     newest_first = sorted(folder.glob("*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     # Every epoch here ends with writing LAST_MODEL. The other names matter in a folder that the tutorial wrote.
     for path in sorted(newest_first, key=lambda path: path.name != LAST_MODEL):
@@ -326,5 +326,10 @@ def _newest_checkpoint(folder: Path) -> Checkpoint | None:
             return _load(path)
         except CheckpointError as error:
             print(f"passed over: {error}")
+    if newest_first and not overwrite:
+        raise CheckpointError(
+            f"--resume auto: {folder} holds weights, but none that a run can go on from; choose another --output-dir, "
+            "or let --overwrite replace them"
+        )
     print(f"--resume auto: nothing to resume in {folder}, starting afresh")
     return None

@@ -163,7 +163,7 @@ def _report_faults(photographs: DriveDataset) -> None:
 def _draw_curves_and_find_best(args: argparse.Namespace, best_dice: float) -> Path | None:
     last = Path(args.output_dir, LAST_MODEL)
     checkpoint = load_checkpoint(last) if last.exists() else {}
-    history = checkpoint.get("history", [])
+    history = [row for row in checkpoint.get("history", []) if "dice" in row]
     if history:
         write_png(curves(history, checkpoint.get("selected_on", "validation")), Path(args.output_dir, "curves.png"))
     return _best_weights(history, args, best_dice)
@@ -174,13 +174,13 @@ def _best_weights(history: Sequence[Mapping[str, Any]], args: argparse.Namespace
     best_row = max(history, key=lambda row: row["dice"], default=None)
     if best_row is not None and best_row["dice"] >= best_dice:
         best = Path(args.output_dir, BEST_MODEL if args.save_best else f"model_{best_row['epoch']}.pth")
-        if best.exists():
+        if best.exists() and load_checkpoint(best).get("epoch") == best_row["epoch"]:
             return best
         print(f"{best}: not written by this run")
     if args.resume and Path(args.resume).exists():
         # The tutorial's files have no history; their Dice was found when the run began.
         rows = load_checkpoint(args.resume).get("history")
-        if not rows or rows[-1]["dice"] >= best_dice:
+        if not rows or rows[-1].get("dice", -1) >= best_dice:
             return Path(args.resume)
     if history:
         print("the best weights were not found, so nothing is scored")
