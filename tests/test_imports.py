@@ -89,7 +89,10 @@ def importing(script, **environment):
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("script", sorted(SCRIPTS))
+SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in ("compute_mean_std", "train_multi_GPU")]
+
+
+@pytest.mark.parametrize("script", ["predict", "train", *SLOW])
 def test_how_threads_wait_is_set_before_torch_is_imported(script):
     assert importing(script)[0] == "waits PASSIVE"
 

@@ -123,7 +123,7 @@ def start(data, *flags):
     raise AssertionError(process.stderr.read())
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_second_run_waits_for_the_end_of_the_first(shared_drive, working_directory, end):
     first = start(shared_drive, "-j", "2")  # its loading processes may outlive it
     try:
@@ -218,6 +218,7 @@ def digests(data):
     return [sorted(every[:-2]), sorted(every[-2:])]
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_from_its_file(shared_drive, working_directory):
     command = [sys.executable, PROJECT / "train.py", "--data-path", shared_drive, *ONE, "--seed", "5"]
     subprocess.run(command, env=clean_environment(), check=True, capture_output=True)

@@ -65,6 +65,7 @@ def test_wrong_flags(capsys, wrong):
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 @with_an_exporter
 def test_an_onnx_file_holds_what_the_flags_tell(tmp_path, bare):
     onnx = pytest.importorskip("onnx")
