@@ -51,6 +51,17 @@ from train_utils.prediction_table import COLUMNS, DIGESTS, FACTS, PredictionTabl
 TRAINED = Path("save_weights", "best_model.pth")
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a photograph."""
+
+    path: Path
+    row: Row  # of the table
+    line: str  # to print
+    error: str = ""  # why there is no mask
+    kept: bool = False  # the mask is of an earlier run
+
+
 def main(args: argparse.Namespace) -> None:
     device = select_device(args.device)
     print(f"using {device} device.")
@@ -71,7 +82,26 @@ def main(args: argparse.Namespace) -> None:
     if args.report:
         make_output_folder(folder / THUMBNAILS, "--report")
 
+    with PredictionTable(table) as rows:
+        outcomes = segment_all(photographs, masks, rows, segmenter, args)
+    if failures := [outcome.error for outcome in outcomes if outcome.error]:
+        raise PhotographError(
+            "\n  ".join([f"{len(failures)} of {len(photographs)} photographs failed:", *failures])
+            if len(photographs) > 1
+            else failures[0]
+        )
+
+
+def segment_all(
+    photographs: Sequence[Path],
+    masks: Sequence[Path],
+    rows: PredictionTable,
+    segmenter: Segmenter,
+    args: argparse.Namespace,
+) -> list[Outcome]:
+    """Segment photographs, two at once, and tell of each in order; the report is written however it ends."""
     settings = digest(Path(args.weights), describe_settings(args).encode())
+    jobs = [(path, mask, rows.former(mask)) for path, mask in zip(photographs, masks, strict=True)]
     done: list[Outcome] = []
     started, new = time.perf_counter(), 0
 
@@ -81,42 +111,26 @@ def main(args: argparse.Namespace) -> None:
     def tell_of_stop() -> None:
         print("stopping as soon as the photographs that were begun are done", flush=True)
 
-    with PredictionTable(table) as rows:
-        jobs = [(path, mask, rows.former(mask)) for path, mask in zip(photographs, masks, strict=True)]
-        try:
-            with closing(in_order(work, jobs, on_interrupt=tell_of_stop)) as outcomes:
-                for number, outcome in enumerate(outcomes, start=1):
-                    done.append(outcome)
-                    rows.add(outcome.row)
-                    new += not outcome.kept
-                    if outcome.error and len(photographs) == 1:
-                        raise PhotographError(outcome.error)
-                    left = (time.perf_counter() - started) / max(new, 1) * (len(photographs) - number)
-                    time_left = f" ({timedelta(seconds=round(left))} left)" if new and left >= 1 else ""
-                    print(f"[{number}/{len(photographs)}] {outcome.line}{time_left}", flush=True)
-        except KeyboardInterrupt:
-            print(f"stopped after {len(done)} of {len(photographs)} photographs; the same command goes on from here")
-            raise
-        finally:
-            if args.report:
-                told = [one.row | {"file": one.path} for one in done if not one.error]
-                failures = {one.path: one.error for one in done if one.error}
-                write_report(
-                    folder / REPORT, ("file", *FACTS), told, failures, dict(zip(photographs, masks, strict=True))
-                )
-    if failures := [one.error for one in done if one.error]:
-        raise PhotographError("\n  ".join([f"{len(failures)} of {len(photographs)} photographs failed:", *failures]))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a photograph."""
-
-    path: Path
-    row: Row  # of the table
-    line: str  # to print
-    error: str = ""  # why there is no mask
-    kept: bool = False  # the mask is of an earlier run
+    try:
+        with closing(in_order(work, jobs, on_interrupt=tell_of_stop)) as outcomes:
+            for outcome in outcomes:
+                done.append(outcome)
+                rows.add(outcome.row)
+                new += not outcome.kept
+                left = (time.perf_counter() - started) / max(new, 1) * (len(jobs) - len(done))
+                time_left = f" ({timedelta(seconds=round(left))} left)" if new and left >= 1 else ""
+                if len(jobs) > 1 or not outcome.error:
+                    print(f"[{len(done)}/{len(jobs)}] {outcome.line}{time_left}", flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped after {len(done)} of {len(jobs)} photographs; the same command goes on from here")
+        raise
+    finally:
+        if args.report:
+            told = [one.row | {"file": one.path} for one in done if not one.error]
+            failures = {one.path: one.error for one in done if one.error}
+            path = masks[0].parent / REPORT
+            write_report(path, ("file", *FACTS), told, failures, dict(zip(photographs, masks, strict=True)))
+    return done
 
 
 def work_on(

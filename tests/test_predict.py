@@ -29,7 +29,7 @@ from train_utils import load_model, save_checkpoint
 from train_utils.command_line import run_script
 from train_utils.data_loading import evaluation_loader
 from train_utils.files import write_csv
-from train_utils.prediction_table import escaped
+from train_utils.prediction_table import PredictionTable, escaped
 from train_utils.synthetic_drive import synthetic_photograph, write_synthetic_drive
 from transforms import get_transform
 
@@ -420,6 +420,20 @@ def test_a_photograph_may_have_the_name_of_a_mask(tmp_path, weights, photographs
     (photographs / "x_vessels.png").write_bytes(b"no picture")
     assert "x_vessels.png: not an image" in fails_of_many(capsys, *flags, *images)
     assert "not an image" in fails_of_many(capsys, *flags, *images)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, weights, photographs):
+    command = [sys.executable, PROJECT / "predict.py", "--device", "cpu", "--weights", weights]
+    command += ["--image", photographs, "--output", tmp_path / "out"]
+    with PredictionTable(None) as nothing:
+        assert nothing.former(Path("a_vessels.png")) is None
+    (tmp_path / "out").mkdir()
+    with PredictionTable(tmp_path / "out" / "predictions.csv"):
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert second.returncode == 1 and "another run is writing there (process " in second.stderr
+        assert second.stderr.count("\n") == 1
+    subprocess.run(command, check=True, capture_output=True)
+    assert len(table(tmp_path / "out")) == 4 and not list((tmp_path / "out").glob("*.lock"))
 
 
 def test_a_damaged_table_is_one_line(segmented, capsys):

@@ -18,7 +18,7 @@ import train_multi_GPU
 from src.errors import UserError
 from tests.conftest import SMALL_RUN
 from tests.processes import PROJECT, clean_environment, in_processes
-from train_utils import run_folder
+from train_utils import lock, run_folder
 from train_utils.command_line import UsageError, run_script
 
 WEIGHTS = Path("save_weights")
@@ -152,16 +152,16 @@ def test_an_error_leaves_no_lock(shared_drive, working_directory, monkeypatch):
 
 def test_a_lock_that_its_owner_removed_is_taken_anew(working_directory, monkeypatch):
     """The owner ends between the opening and the locking of its file."""
-    path, lock, calls = Path("run.lock"), run_folder._lock, []
+    path, whole, calls = Path("run.lock"), lock._lock, []
 
     def late(file):
         if not calls:
             path.unlink()
         calls.append(file)
-        lock(file)
+        whole(file)
 
-    monkeypatch.setattr(run_folder, "_lock", late)
-    mine = run_folder._Lock(path)
+    monkeypatch.setattr(lock, "_lock", late)
+    mine = lock.FolderLock(path, "--output-dir")
     mine.take()
     assert len(calls) == 2 and os.path.samestat(os.fstat(mine.file.fileno()), path.stat())
     mine.release()
@@ -172,10 +172,10 @@ def test_a_file_system_without_locks(working_directory, monkeypatch, capsys):
     def unable(file):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(run_folder, "_lock", unable)
-    lock = run_folder._Lock(Path("run.lock"))
-    lock.take()
-    lock.release()
+    monkeypatch.setattr(lock, "_lock", unable)
+    mine = lock.FolderLock(Path("run.lock"), "--output-dir")
+    mine.take()
+    mine.release()
     assert "run.lock: cannot be locked (Operation not supported); see that no other run" in capsys.readouterr().out
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 
 from .command_line import UsageError
-from .files import OutputError, write_csv
+from .files import OutputError, sha256_of, write_csv
+from .lock import FolderLock
 
 TABLE = "predictions.csv"
 # What is told of a photograph; and what a later run compares: the digests of the photograph and of all that its mask
@@ -23,7 +24,7 @@ Row = Mapping[str, str]
 
 
 class PredictionTable:
-    """The rows of a folder of masks. Each is on the disk as soon as it is added.
+    """The rows of a folder of masks, which is held as long. Each is on the disk as soon as it is added.
 
     A run that is stopped leaves the rows that it wrote, and those of earlier runs. To be used in a `with` statement,
     whose end brings the rows into order.
@@ -32,7 +33,7 @@ class PredictionTable:
         path: of the table; None: there is none, and nothing is kept.
 
     Raises:
-        UsageError: something else stands there.
+        UsageError: something else stands there, or another run holds the folder.
         OutputError: it cannot be written.
     """
 
@@ -41,9 +42,18 @@ class PredictionTable:
         self.rows: dict[tuple[str, str], Row] = {}  # by the name of the mask; failures by that of the photograph
         if path is None:
             return
-        self.rows = {_key(row): row for row in _read(path)}
+        self._lock = FolderLock(path.with_suffix(".lock"), "--output")
+        self._lock.take()
+        try:
+            self.rows = {_key(row): row for row in _read(path)}
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self) -> None:
         self._write_all()  # without the half of a line that a killed run may have left
-        self._file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
+        self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
         self._writer = csv.DictWriter(self._file, COLUMNS)
         self._synced = time.monotonic()
 
@@ -52,8 +62,11 @@ class PredictionTable:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self.path is not None:
-            self._file.close()
-            self._write_all()
+            try:
+                self._file.close()
+                self._write_all()
+            finally:
+                self._lock.release()
 
     def former(self, mask: Path) -> Row | None:
         """The row of a mask in this folder."""
@@ -122,8 +135,5 @@ def digest(*parts: bytes | Path) -> str:
     Raises:
         OSError: a file cannot be read.
     """
-    together = hashlib.sha256()
-    for part in parts:
-        content = part.read_bytes() if isinstance(part, Path) else part
-        together.update(hashlib.sha256(content).digest())
-    return together.hexdigest()[:16]
+    each = (sha256_of(part) if isinstance(part, Path) else hashlib.sha256(part).hexdigest() for part in parts)
+    return hashlib.sha256("".join(each).encode()).hexdigest()[:16]

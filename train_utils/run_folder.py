@@ -7,12 +7,11 @@ import hashlib
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import PIL
@@ -25,30 +24,18 @@ from src.weights import Checkpoint
 from .checkpoint import BEST_MODEL, LAST_MODEL
 from .command_line import UsageError
 from .distributed_utils import on_main_process
-from .files import OutputError, replace_whole, require_no_input, sha256_of
+from .files import replace_whole, require_no_input, sha256_of
+from .lock import FolderLock
 from .settings import roots
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    import msvcrt
-
-    fcntl = None
 
 PROJECT = Path(__file__).parents[1]
 RUN, LOCK = "run.json", "run.lock"
-ATTEMPTS = 10  # to lock a file that others remove
 WRITTEN = (BEST_MODEL, LAST_MODEL, RUN, "scores.json", "scores.csv", "scores.png", "curves.png")
 
 
 @contextlib.contextmanager
 def own_output_folder(args: argparse.Namespace, overwrite: bool) -> Iterator[None]:
     """Keep every other run out of `args.output_dir`; the main process holds it, and all processes stop together.
-
-    The file `run.lock` in the folder says which process of which host the owner is. What keeps others out is the
-    system's lock on that open file. The system lifts it whenever and however the owner ends, so that no stale one is
-    left, and lock daemons carry it to other hosts of a network file system. It is a lock of POSIX (`lockf`), which
-    forked loading processes do not inherit: those of a killed run may outlive it.
 
     Args:
         args: the flags; those of files to start from are never overwritten.
@@ -58,70 +45,13 @@ def own_output_folder(args: argparse.Namespace, overwrite: bool) -> Iterator[Non
         UsageError: another run holds the folder, or left its weights there and `args.resume` is not given.
         OutputError: a file to start from lies where the run would write.
     """
-    lock = _Lock(Path(args.output_dir, LOCK))
+    lock = FolderLock(Path(args.output_dir, LOCK), "--output-dir")
     on_main_process(lock.take)
     try:
         on_main_process(_require_nothing_lost, args, overwrite)
         yield
     finally:
         lock.release()
-
-
-class _Lock:
-    """A file that one process holds; where the file system knows no locks, a line says so and nothing is held."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: BinaryIO | None = None
-
-    def take(self) -> None:
-        try:
-            self._take()
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
-
-    def _take(self) -> None:
-        for _ in range(ATTEMPTS):
-            file = open(self.path, "a+b")  # noqa: SIM115
-            try:
-                _lock(file)
-            except (BlockingIOError, PermissionError) as error:
-                with file:
-                    file.seek(0)
-                    owner = file.read(1000).decode(errors="replace").strip()
-                raise UsageError(
-                    f"--output-dir {self.path.parent}: another run is writing there ({owner or 'starting'}); wait for "
-                    "its end, or choose another folder"
-                ) from error
-            except OSError as error:
-                print(f"{self.path}: cannot be locked ({error.strerror}); see that no other run writes there")
-            # The owner before may have removed the file after it was opened here.
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
-                    break
-            file.close()
-        else:
-            raise OutputError(f"{self.path}: cannot be locked; choose another --output-dir")
-        self.file = file
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self.file.flush()
-
-    def release(self) -> None:
-        if self.file is not None:
-            if fcntl is None:  # Windows removes no open file
-                self.file.close()
-            with contextlib.suppress(OSError):
-                self.path.unlink()
-            self.file.close()
-
-
-def _lock(file: BinaryIO) -> None:
-    if fcntl is not None:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        file.seek(2**20)  # a byte beyond the text, which others may read
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
 def _require_nothing_lost(args: argparse.Namespace, overwrite: bool) -> None:
