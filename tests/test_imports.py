@@ -1,6 +1,7 @@
 """Which room may import which: README, "Where things are"; and when torch and torchvision are imported."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -81,6 +82,7 @@ print("imported", *sorted({{name.split(".")[0] for name in sys.modules}} & {{"to
 """
 
 
+@functools.cache
 def importing(script, **environment):
     """What is seen while a script is imported: how threads wait when torch is, and which slow modules are."""
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}

@@ -432,7 +432,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, weights, photograp
         second = subprocess.run(command, capture_output=True, text=True)
         assert second.returncode == 1 and "another run is writing there (process " in second.stderr
         assert second.stderr.count("\n") == 1
-    subprocess.run(command, check=True, capture_output=True)
+    run("--weights", weights, "--image", photographs, "--output", tmp_path / "out")
     assert len(table(tmp_path / "out")) == 4 and not list((tmp_path / "out").glob("*.lock"))
 
 
