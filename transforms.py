@@ -142,8 +142,7 @@ class RandomAffineCrop:
         self.fill = torch.tensor(fill).view(3, 1, 1)
 
     def __call__(self, image: Any, target: Any) -> tuple[Tensor, Tensor]:
-        image, target = ToTensor()(image, target)
-        height, width = target.shape
+        height, width = F.get_size(image)
         zoom, angle, mirror, x, y = torch.rand(5).tolist()
         base_size = self.base_size or min(height, width)
         min_size, max_size = self.smallest * base_size, self.largest * base_size
@@ -156,19 +155,25 @@ class RandomAffineCrop:
             (min(side, length) + (length - min(side, length)) * 2 * place) / 2
             for place, length in ((x, width), (y, height))
         )
-        # Maps the square's coordinates to the picture's; both range from -1 to 1.
+        # Displacements at 6 x 6 points, smooth in between, pixels.
+        points = self.bend * side * torch.randn(1, 6, 6, 2) if self.bend else None
+        # All that follows is done on the part of the picture that the square may reach.
+        reach = (abs(cosine) + abs(sine)) / 2 + 2 + (2 * float(points.abs().max()) if self.bend else 0)
+        left, top = max(int(centre_x - reach), 0), max(int(centre_y - reach), 0)
+        right, bottom = min(math.ceil(centre_x + reach), width), min(math.ceil(centre_y + reach), height)
+        image, target = ToTensor()(*(F.crop(part, top, left, bottom - top, right - left) for part in (image, target)))
+        width, height = right - left, bottom - top
+        # Maps the square's coordinates to the part's; both range from -1 to 1.
         matrix = torch.tensor(
             [
-                [flip * cosine / width, -sine / width, 2 * centre_x / width - 1],
-                [flip * sine / height, cosine / height, 2 * centre_y / height - 1],
+                [flip * cosine / width, -sine / width, 2 * (centre_x - left) / width - 1],
+                [flip * sine / height, cosine / height, 2 * (centre_y - top) / height - 1],
             ]
         )
         matrix = matrix.to(image.device, non_blocking=True)
         grid = affine_grid(matrix[None], [1, 1, self.size, self.size], align_corners=False)
         if self.bend:
-            # Displacements at 6 x 6 points, smooth in between; in units of half the picture's sides.
-            size_in_picture = torch.tensor([2 * side / width, 2 * side / height])
-            points = self.bend * size_in_picture * torch.randn(1, 6, 6, 2)
+            points = 2 * points / torch.tensor([width, height])
             field = _smooth(points.permute(0, 3, 1, 2).to(image.device, non_blocking=True), self.size)
             grid = grid + field.permute(0, 2, 3, 1)
         # Sampling gives 0 beyond the frame, so what the frame is to be filled with must be 0 meanwhile.

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .checkpoint import LAST_MODEL
 from .distributed_utils import is_main_process, on_main_process
 from .flags import default_flags
 from .mixed_precision import amp_dtype
+from .muon import Muon, is_filter
 from .results import ResultsFiles, Row
 from .train_and_eval import create_lr_scheduler, create_one_cycle_scheduler
 
@@ -200,7 +202,7 @@ class TrainingState:
         # The settings follow from the flags. `fused` must be right before loading: it decides on which device AdamW
         # counts its steps.
         own, saved = self.optimizer.state_dict(), checkpoint["optimizer"]
-        parameters = dict(enumerate(self.model.parameters()))
+        parameters = dict(enumerate(itertools.chain(*(group["params"] for group in self.optimizer.param_groups))))
         if not all(
             index in parameters and _is_kept_by(self.args.optimizer, values, parameters[index])
             for index, values in saved["state"].items()
@@ -246,6 +248,8 @@ def _make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     # A fused kernel skips an overflowed step of mixed precision by itself, so the host does not wait for the GPU. On a
     # CPU it is not faster.
     fused = next(model.parameters()).is_cuda or None
+    if args.optimizer == "muon":
+        return Muon(model, args.lr, args.weight_decay)
     common = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": fused}
     if args.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), **common)
@@ -268,7 +272,7 @@ def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
 def _is_kept_by(optimizer: str, values: Any, parameter: nn.Parameter) -> bool:
     """Whether these are what an optimizer keeps of a parameter: finite tensors of the right shapes."""
     shapes = {"momentum_buffer": parameter.shape}
-    if optimizer == "adamw":
+    if optimizer == "adamw" or (optimizer == "muon" and not is_filter(parameter)):
         shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
     elif values == {"momentum_buffer": None}:  # --momentum 0
         return True
