@@ -1,0 +1,73 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from src import UNet
+from train_utils.muon import Muon, is_filter, orthogonalise
+
+
+@pytest.mark.parametrize("shape", [(8, 27), (64, 16), (1, 9)])
+def test_singular_values_are_brought_to_about_one(shape):
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.logspace(0, -2, len(right))
+    result = orthogonalise(1e-3 * (left * values) @ right)
+    found = torch.linalg.svdvals(result)
+    assert result.shape == shape and found.min() > 0.5 and found.max() < 1.3
+    # The directions stay: what is left beside the singular values of the same directions is rounding.
+    turned = left.T @ result @ right.T
+    assert torch.allclose(turned, turned.diagonal().diag(), atol=1e-3)
+
+
+def test_a_gradient_of_zero_is_no_step():
+    assert torch.equal(orthogonalise(torch.zeros(4, 9)), torch.zeros(4, 9))
+
+
+def stepped(model, optimizer, steps=3):
+    for step in range(steps):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        model(torch.rand(2, 3, 32, 32))["out"].square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def test_a_filters_step_is_as_long_as_one_of_adamw():
+    torch.manual_seed(0)
+    model = UNet(3, 2, base_c=8)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    stepped(model, Muon(model, lr=0.01, weight_decay=0), steps=1)
+    for old, new in zip(before, model.parameters(), strict=True):
+        change = (new - old).square().mean().sqrt().item()
+        assert 0 < change <= (0.01 * 0.2 * 1.3 if is_filter(new) else 0.0101)
+    change = (model.in_conv[3].weight - before[3]).square().mean().sqrt().item()  # its gradient has full rank
+    assert change == pytest.approx(0.01 * 0.2, rel=0.3)
+
+
+def test_what_is_no_filter_is_trained_by_adamw():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    ours, expected = copy.deepcopy(layers), layers
+    optimizers = Muon(ours, lr=0.01, weight_decay=0.1), torch.optim.AdamW(expected.parameters(), 0.01, weight_decay=0.1)
+    for step in range(3):
+        for model, optimizer in zip((ours, expected), optimizers, strict=True):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            model(torch.rand(2, 3, 8, 8)).pow(3).mean().backward()
+            optimizer.step()
+    for one, other in zip(ours.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_weight_decay_gradients_and_frozen_filters():
+    torch.manual_seed(0)
+    model = UNet(3, 2, base_c=4)
+    frozen, kept = model.in_conv[0].weight.requires_grad_(False), model.in_conv[0].weight.clone()
+    before = model.down4[1][0].weight.norm().item()
+    optimizer = Muon(model, lr=0.01, weight_decay=50.0)
+    stepped(model, optimizer)
+    assert torch.equal(frozen, kept)
+    assert model.down4[1][0].weight.norm() < 0.3 * before  # three times halved
+    assert all((parameter.grad is None) == (parameter is frozen) for parameter in model.parameters())
