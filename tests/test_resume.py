@@ -61,8 +61,8 @@ def test_interrupted_and_resumed(shared_drive, undisturbed, working_directory, w
 
 
 def test_a_recipe_interrupted_and_resumed(shared_drive, tmp_path, monkeypatch):
-    """AdamW, one cycle, averaged weights and a number of steps an epoch come back as they were."""
-    flags = ["--recipe", "quick", "--lr", 0.003, "--epochs", 4, "--steps-per-epoch", 3, "-b", 2]
+    """Muon with AdamW, one cycle, averaged weights and a number of steps an epoch come back as they were."""
+    flags = ["--recipe", "quick", "--lr", 0.003, "--epochs", 4, "--steps-per-epoch", 2, "-b", 2]
     for name in ("undisturbed", "interrupted"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)

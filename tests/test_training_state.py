@@ -77,7 +77,7 @@ def test_optimizer_state_of_an_older_torch():
     new_state().restore(checkpoint)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_optimizer_state_takes_the_memory_format_of_the_weights(optimizer):
     """Fused kernels would otherwise read it in the wrong order."""
 

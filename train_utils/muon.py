@@ -62,7 +62,12 @@ class Muon(AdamW):
 
     def _step_filter(self, parameter: Tensor, group: dict[str, Any]) -> None:
         gradient, momentum = parameter.grad, group["momentum"]
-        buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        buffer = state["momentum_buffer"]
         buffer.mul_(momentum).add_(gradient)
         direction = orthogonalise(gradient.add(buffer, alpha=momentum).flatten(1))
         length = 0.2 * max(direction.shape) ** 0.5

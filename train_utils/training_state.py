@@ -272,7 +272,9 @@ def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
 def _is_kept_by(optimizer: str, values: Any, parameter: nn.Parameter) -> bool:
     """Whether these are what an optimizer keeps of a parameter: finite tensors of the right shapes."""
     shapes = {"momentum_buffer": parameter.shape}
-    if optimizer == "adamw" or (optimizer == "muon" and not is_filter(parameter)):
+    if optimizer == "muon" and is_filter(parameter):
+        shapes["step"] = ()
+    elif optimizer in ("adamw", "muon"):
         shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
     elif values == {"momentum_buffer": None}:  # --momentum 0
         return True
