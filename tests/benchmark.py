@@ -1,8 +1,10 @@
 """How fast this project is on this machine: a Markdown table. Run it by hand, where nothing else is running.
 
     python tests/benchmark.py [--device cpu] [--data-path FOLDER] [--repeats N] [other flags of train.py]
+    python tests/benchmark.py --forward [...]         the forward pass alone, run in every way that there is
+    python tests/benchmark.py --time-to-dice N --data-path FOLDER [...]        N seeds of --recipe quick
 
-Three processes measure in turn, so that whatever else the machine does slows all of them alike:
+Of the first, three processes measure in turn, so that whatever else the machine does slows all of them alike:
 - this project, as train.py (with these flags) and predict.py (in float32) run it;
 - a naive variant of the same work: plain eager mode, each photograph decoded each time, loading processes started each
   epoch, Dice by a loop over images and classes with boolean indexing, a wait for the loss in each step, two forward
@@ -13,6 +15,8 @@ Three processes measure in turn, so that whatever else the machine does slows al
 
 import argparse
 import contextlib
+import copy
+import functools
 import io
 import multiprocessing
 import os
@@ -48,8 +52,9 @@ from src.inference import for_inference
 from src.masks import read_binary_mask
 from src.roi_mask import roi_mask_path
 from src.segment import normalise
-from train_utils import create_lr_scheduler, train_and_eval
-from train_utils.command_line import Parser, at_least, run_script, select_device
+from train_utils import create_lr_scheduler, load_checkpoint, train_and_eval
+from train_utils.checkpoint import LAST_MODEL
+from train_utils.command_line import Parser, UsageError, at_least, run_script, select_device
 from train_utils.data_loading import make_loaders, open_datasets
 from train_utils.memory import keep_freed_memory
 from train_utils.mixed_precision import amp_dtype
@@ -480,6 +485,79 @@ def limits(args: argparse.Namespace, photograph: Path, rates: Mapping[str, float
     }
 
 
+# ---- the forward pass
+
+
+@torch.inference_mode()
+def forward_passes(args: argparse.Namespace, path: Path, repeats: int) -> str:
+    """The forward pass of a photograph on the CPU, with random weights, run in several ways: a Markdown table.
+
+    The last column is the largest difference of a logit from the plain pass, in standard deviations of the logits.
+    """
+    torch.manual_seed(args.seed)
+    model = create_model(**model_arguments(args)).eval()
+    image = _image(path, args)
+    folded = for_inference(model)
+    compiled = torch.compile(folded)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "plain": lambda: model(image)["out"],
+        "BatchNorm folded, contiguous": functools.partial(_forward, _contiguous(folded), image),
+        "BatchNorm folded, channels last (predict.py)": lambda: folded(image)["out"],
+        "the same under torch.compile": lambda: compiled(image)["out"],
+        "the same under autocast to bfloat16": functools.partial(_forward, folded, image, torch.bfloat16),
+        "ONNX Runtime": _onnx_runtime(model, image),
+    }
+    expected = model(image)["out"]
+    first = {name: way().float() for name, way in ways.items()}  # to warm up, too
+    times = defaultdict(list)
+    for _ in range(repeats):
+        for name, way in ways.items():
+            times[name].append(seconds(way, CPU))
+    lines = ["| forward pass | | difference |", "|---|---|---|"]
+    for name, logits in first.items():
+        difference = ((logits - expected).abs().max() / expected.std()).item()
+        lines.append(f"| {name} | {statistics.median(times[name]):.3f} s | {difference:.0e} |")
+    return "\n".join(lines)
+
+
+def _contiguous(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+
+
+def _forward(model: nn.Module, image: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        return model(image)["out"]
+
+
+def _onnx_runtime(model: nn.Module, image: Tensor) -> Callable[[], Tensor]:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        file = Path(folder, "model.onnx")
+        torch.onnx.export(model, (image,), file, dynamo=True, input_names=["image"], output_names=["logits"])
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda: torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+
+
+# ---- the time to the tutorial's Dice
+
+
+def times_to_dice(data_path: str, seeds: int, flags: Sequence[str]) -> str:
+    """`train.py --recipe quick` with so many seeds, from the start of the process to its last weights: a table."""
+    lines = ["| seed | written after | Dice, best epoch | last epoch |", "|---|---|---|---|"]
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), "--recipe", "quick"]
+            command += ["--data-path", str(Path(data_path).resolve()), "--seed", str(seed), "--output-dir", "weights"]
+            started = time.time()
+            subprocess.run([*command, *flags], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            written = max(path.stat().st_mtime for path in Path(folder, "weights").glob("*.pth"))
+            dices = [row["dice"] for row in load_checkpoint(Path(folder, "weights", LAST_MODEL))["history"]]
+        lines.append(f"| {seed} | {written - started:.1f} s | {max(dices):.4f} | {dices[-1]:.4f} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
 # ---- taking turns
 
 
@@ -568,11 +646,19 @@ def describe(device: torch.device) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.time_to_dice:
+        if not args.data_path:
+            raise UsageError("--time-to-dice: needs photographs with labels; name their folder by --data-path")
+        print(f"{describe(CPU)}\n\n{times_to_dice(args.data_path, args.time_to_dice, args.train_flags)}")
+        return
     with tempfile.TemporaryDirectory() as folder:
         data_path = args.data_path or str(write_synthetic_drive(folder, training=12 + VALIDATED, test=1))
         flags = ["--data-path", data_path, "--val-split", str(VALIDATED), *args.train_flags]
         settled, device = _settle(flags)
         photograph = open_datasets(settled, torch.device("cpu"))[1].img_list[0]
+        if args.forward:
+            print(f"{describe(CPU)}: medians of {args.repeats}\n\n{forward_passes(settled, photograph, args.repeats)}")
+            return
         project, naive, rates = measure(flags, args.repeats)
         limit = limits(settled, photograph, rates)
     print(f"{describe(device)}: medians of {args.repeats}; limit at {max(rates.values()) / 1e9:.0f} GFLOP/s\n")
@@ -584,6 +670,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-path", help="the folder that contains DRIVE (default: synthetic photographs)")
     parser.add_argument("--repeats", type=at_least(1), default=5, help="measurements of each number")
+    parser.add_argument("--forward", action="store_true", help="measure the forward pass in several ways, on the CPU")
+    parser.add_argument("--time-to-dice", type=at_least(1), metavar="N", help="train N seeds of --recipe quick")
     args, args.train_flags = parser.parse_known_args(argv)
     return args
 
