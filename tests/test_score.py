@@ -182,9 +182,7 @@ def test_no_table_is_wider_than_the_terminal(shared_drive, weights, working_dire
     start = lines.index("Inside the field of view, over all pixels:") + 1
     names, values = zip(*(line.rsplit(maxsplit=1) for line in lines[start + 1 : start + 10]), strict=True)
     assert lines[start].split() == ["model"]
-    assert (
-        names[0] == "accuracy" and names[-1] == "avg. precision" and len(set(map(len, lines[start : start + 10]))) == 1
-    )
+    assert names[0] == "accuracy" and names[-1] == "avg. precision"
     assert list(values) == [f"{value:.4f}" for value in report["field_of_view"]["model"]["pooled"].values()]
 
 
