@@ -180,8 +180,8 @@ def test_no_table_is_wider_than_the_terminal(shared_drive, weights, working_dire
     report = test_only(shared_drive, weights)
     lines = capsys.readouterr().out.splitlines()
     start = lines.index("Inside the field of view, over all pixels:") + 1
-    names, values = zip(*(line.rsplit(maxsplit=1) for line in lines[start + 1 : start + 10]), strict=True)
-    assert lines[start].split() == ["model"]
+    names, values = zip(*(line.rsplit(maxsplit=2)[:2] for line in lines[start + 1 : start + 10]), strict=True)
+    assert lines[start].split() == ["model", "second", "observer"]
     assert names[0] == "accuracy" and names[-1] == "avg. precision"
     assert list(values) == [f"{value:.4f}" for value in report["field_of_view"]["model"]["pooled"].values()]
 
