@@ -37,6 +37,7 @@ from train_utils.mixed_precision import add_amp_flags, amp_dtype, settle_amp
 from train_utils.normalization import add_normalization_flags, settle_normalization
 from train_utils.prediction_files import (
     Prediction,
+    brief_line,
     facts,
     find_photographs,
     picture_paths,
@@ -84,7 +85,14 @@ def main(args: argparse.Namespace) -> None:
 
     with PredictionTable(table) as rows:
         outcomes = segment_all(photographs, masks, rows, segmenter, args)
-    if failures := [outcome.error for outcome in outcomes if outcome.error]:
+    failures = [outcome.error for outcome in outcomes if outcome.error]
+    if len(photographs) > 1:
+        warned = sum(bool(outcome.row["warning"]) for outcome in outcomes)
+        print(
+            f"{len(photographs) - len(failures)} of {len(photographs)} photographs segmented, {warned} with a warning, "
+            f"{len(failures)} failed; the files are in {folder}"
+        )
+    if failures:
         raise PhotographError(
             "\n  ".join([f"{len(failures)} of {len(photographs)} photographs failed:", *failures])
             if len(photographs) > 1
@@ -106,7 +114,7 @@ def segment_all(
     started, new = time.perf_counter(), 0
 
     def work(job: tuple[Path, Path, Row | None]) -> Outcome:
-        return work_on(*job, segmenter, settings, args)
+        return work_on(*job, segmenter, settings, args, brief=len(jobs) > 1)
 
     def tell_of_stop() -> None:
         print("stopping as soon as the photographs that were begun are done", flush=True)
@@ -134,7 +142,13 @@ def segment_all(
 
 
 def work_on(
-    path: Path, mask: Path, former: Row | None, segmenter: Segmenter, settings: str, args: argparse.Namespace
+    path: Path,
+    mask: Path,
+    former: Row | None,
+    segmenter: Segmenter,
+    settings: str,
+    args: argparse.Namespace,
+    brief: bool,
 ) -> Outcome:
     """Segment a photograph and write its pictures, unless an earlier run did just that.
 
@@ -142,6 +156,7 @@ def work_on(
         path, mask: of the photograph and of its mask.
         former: the row of this mask in the table of earlier runs.
         settings: the digest of the weights and the flags.
+        brief: the line is for a terminal of 80 columns, with what to look at; the table has the rest.
     """
     started = time.perf_counter()
     row = dict.fromkeys(COLUMNS, "") | {"file": escaped(path)}
@@ -154,7 +169,8 @@ def work_on(
                 )
             same = all(former[name] == row[name] for name in DIGESTS)
             if same and all(picture.exists() for picture in picture_paths(mask, args)):
-                return Outcome(path, former, f"{path}: segmented before -> {mask}", kept=True)
+                line = f"{path.name}: segmented before" if brief else f"{path}: segmented before -> {mask}"
+                return Outcome(path, former, line, kept=True)
         prediction = predict(path, segmenter, args)
         with memory_for(path):
             write_pictures(prediction, mask, args)
@@ -165,7 +181,8 @@ def work_on(
         replaced = (
             " (in place of the one with other weights or flags)" if before and before[1] != row[DIGESTS[1]] else ""
         )
-        return Outcome(path, row, f"{progress_line(prediction)} -> {mask}{replaced}")
+        line = brief_line(prediction) if brief else f"{progress_line(prediction)} -> {mask}"
+        return Outcome(path, row, line + replaced)
     except DatasetError as error:
         row["error"] = printable(str(error))
         return Outcome(path, row, f"failed: {error}", error=str(error))

@@ -42,6 +42,7 @@ def test_in_a_terminal_a_loop_takes_one_line(terminal, capsys):
     lines = shown[0].split("\r")[1:]
     assert [line[:19].rstrip() for line in lines] == [f"Epoch: [3]  [{number}/5]" for number in range(5)]
     assert {len(line) for line in lines} == {39}
+    assert {line.rstrip().endswith("eta: 0:00:00") for line in lines} == {True}  # what does not fit is left out whole
 
 
 def test_an_error_gets_a_line_of_its_own(terminal, capsys):

@@ -18,8 +18,10 @@ import train_multi_GPU
 from train_utils.synthetic_drive import synthetic_photograph, write_synthetic_drive
 
 PROJECT = Path(__file__).parents[1]
-README = (PROJECT / "README.md").read_text()
-CARD = (PROJECT / "pretrained" / "README.md").read_text()
+README, CARD = (
+    re.sub(r" \\\n +", " ", (PROJECT / page).read_text())  # a command of two lines is one
+    for page in ("README.md", "pretrained/README.md")
+)
 
 # What a test does not do: install, run itself, wait for a second machine.
 NOT_RUN = ("python3 -m venv", ". .venv", "pip install", "python -m pytest", "torchrun --nnodes=2")

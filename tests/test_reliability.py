@@ -171,8 +171,13 @@ def test_the_table_and_the_printed_line(tmp_path, capsys, flags):
     run("--weights", weights, "--image", folder, "--output", tmp_path / "out", *flags)
     with open(tmp_path / "out" / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    output = capsys.readouterr().out
+    warned = sum(row["warning"] != "" for row in rows)
+    last = f"2 of 2 photographs segmented, {warned} with a warning, 0 failed; the files are in {tmp_path / 'out'}\n"
+    assert output.endswith(last)
+    lines = [line for line in output.splitlines() if line.startswith("[")]
     for row, line in zip(rows, lines, strict=True):
+        assert len(line.split(", WARNING")[0]) < 60
         assert (row["reliability"] != "") == (": reliability " in line or ", reliability " in line) == bool(flags)
         assert not flags or 0 <= float(row["reliability"]) <= 1
         assert (row["warning"] != "") == ("WARNING: " in line)

@@ -3,8 +3,10 @@
 import csv
 import json
 import math
+import os
 import shutil
 import statistics
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,18 @@ def test_table_and_files(shared_drive, weights, working_directory, capsys):
     with Image.open("scores.png") as sheet:
         assert sheet.height > 4 * 500
     assert not list(Path().glob(".*"))
+
+
+def test_no_table_is_wider_than_the_terminal(shared_drive, weights, working_directory, monkeypatch, capsys):
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda stream: True)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    report = test_only(shared_drive, weights)
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("Inside the field of view, over all pixels:") + 1
+    names, values = zip(*(line.rsplit(maxsplit=2)[:2] for line in lines[start + 1 : start + 10]), strict=True)
+    assert lines[start].split() == ["model", "second", "observer"]
+    assert names[0] == "accuracy" and names[-1] == "avg. precision"
+    assert list(values) == [f"{value:.4f}" for value in report["field_of_view"]["model"]["pooled"].values()]
 
 
 def test_the_tutorials_lines_as_evaluate_gives_them(shared_drive, weights, working_directory, capsys):

@@ -188,7 +188,8 @@ def _best_and_time_left(state: TrainingState) -> str:
     if not epochs:
         return ""
     seconds = statistics.median(row["seconds"] for row in state.results.rows if "seconds" in row)
-    return f" (best {state.best_dice:.3f}; {epochs} epochs, about {timedelta(seconds=round(epochs * seconds))} left)"
+    left = f"{epochs} epoch{'s' if epochs > 1 else ''}, about {timedelta(seconds=round(epochs * seconds))} left"
+    return f" (best {state.best_dice:.3f}; {left})"
 
 
 def _advice_on_memory(args: argparse.Namespace) -> str:

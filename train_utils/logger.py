@@ -100,9 +100,13 @@ class MetricLogger:
         totals = [meter.total for meter in self.meters.values()]
         return any(isinstance(total, Tensor) and total.device.type != "cpu" for total in totals)
 
-    def _print(self, line: str, last: bool) -> None:
+    def _print(self, parts: list[str], last: bool) -> None:
+        line = self.delimiter.join(parts)
         if self.one_line:
             width = shutil.get_terminal_size().columns - 1  # a longer line would wrap, and stay
+            while len(line) > width and len(parts) > 1:
+                parts = parts[:-1]
+                line = self.delimiter.join(parts)
             print(f"\r{line[:width]:{width}}", end="\n" if last else "", flush=True)
         else:
             print(line, flush=True)
@@ -133,7 +137,7 @@ class MetricLogger:
                 parts += [f"time: {item_time}", f"data: {data_time}"]
                 if torch.cuda.is_available():
                     parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
-                self._print(self.delimiter.join(part for part in parts if part), last=i == total - 1)
+                self._print([part for part in parts if part], last=i == total - 1)
             end = time.time()
         if is_main_process():
             seconds = time.time() - start

@@ -223,10 +223,20 @@ def facts(prediction: Prediction, seconds: float) -> dict[str, str]:
 
 def progress_line(prediction: Prediction) -> str:
     height, width = prediction.labels.shape
-    reliability = "" if prediction.reliability is None else f"reliability {prediction.reliability:.2f}, "
-    warning = f", WARNING: {', '.join(prediction.warnings)}" if prediction.warnings else ""
     return (
         f"{prediction.path}: {width} x {height}, field of view {prediction.diameter:g} px, scale "
-        f"{prediction.scale:.3g}, vessels are {prediction.vessel_share:.1%} of the field of view, "
-        f"{reliability}inference time: {prediction.inference_seconds:.3f} s{warning}"
+        f"{prediction.scale:.3g}, vessels are {prediction.vessel_share:.1%} of the field of view"
+        f"{_trust(prediction, f'inference time: {prediction.inference_seconds:.3f} s')}"
     )
+
+
+def brief_line(prediction: Prediction) -> str:
+    """What to know of one photograph of many."""
+    seconds = f"{prediction.inference_seconds:.1f} s"
+    return f"{prediction.path.name}: vessels {prediction.vessel_share:.1%}{_trust(prediction, seconds)}"
+
+
+def _trust(prediction: Prediction, seconds: str) -> str:
+    reliability = "" if prediction.reliability is None else f", reliability {prediction.reliability:.2f}"
+    warning = f", WARNING: {', '.join(prediction.warnings)}" if prediction.warnings else ""
+    return f"{reliability}, {seconds}{warning}"

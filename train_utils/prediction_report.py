@@ -129,6 +129,7 @@ header { position: sticky; top: 0; z-index: 1; padding: .6rem 1rem; background: 
 h1 { font-size: 1.2rem; display: inline; margin-right: 1rem }
 header p, nav { margin: .4rem 0 0; display: flex; flex-wrap: wrap; gap: .4rem; align-items: center }
 button, input { font: inherit; cursor: pointer }
+#slider { flex: 0 1 9rem; min-width: 4rem }
 [aria-pressed=true] { font-weight: bold }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem; padding: 1rem }
 article { content-visibility: auto; contain-intrinsic-size: auto 17rem auto 30rem; padding: .6rem; min-width: 0;
@@ -144,18 +145,23 @@ img { object-fit: contain; background: #000 }
 .pair img + img { opacity: var(--overlay) }
 dl { margin: .4rem 0 }
 dl div { display: flex; justify-content: space-between; gap: 1rem }
-dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
+dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; text-align: right }
 dialog { width: 96vw; max-width: none; max-height: 96vh; box-sizing: border-box; padding: 1rem }
 dialog nav { margin: 0 0 .6rem }
 dialog dl, dialog dl div { display: flex; flex-wrap: wrap; gap: .2rem 1.5rem }
 dialog dl div { column-gap: .5rem }
-figure { margin: 0; display: flex; flex-wrap: wrap; gap: .6rem }
-figure img { flex: 1 1 20rem; min-width: 0; height: 72vh }
+dialog dd { text-align: left }
+figure { margin: 0; display: flex; flex-wrap: wrap; gap: .6rem; align-items: start }
+figure img { flex: 1 1 20rem; min-width: 0; max-height: 72vh }
+@media (max-width: 40rem) {  /* One row of buttons, to be moved sideways: the header stays small. */
+  nav { flex-wrap: nowrap; overflow-x: auto; white-space: nowrap }
+  figure img { max-height: 42vh }
+}
 </style>
 <header>
 <h1>Predictions</h1> $summary. <strong>Not a medical device.</strong>
-<p><button id="switch">switch photograph and overlay (key o or space)</button>
-<label>overlay <input id="slider" type="range" min="0" max="100" value="100"></label></p>
+<p><button id="switch">overlay on / off (o or space)</button>
+<input id="slider" type="range" min="0" max="100" value="100" aria-label="strength of the overlay"></p>
 <nav aria-label="sort">sort by
 <button data-sort="given" aria-pressed="true">what to check first</button>
 $buttons</nav>

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 import statistics
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,15 +218,17 @@ def _averages(scores: dict[str, Any]) -> list[str]:
 
 
 def _table(cells: dict[str, list[str]], columns: Sequence[str]) -> list[str]:
-    """Lines of a table with a row for each label."""
-    headings = [HEADINGS.get(name, name) for name in columns]
-    width = max(map(len, cells))
-    widths = [max(map(len, column)) for column in zip(headings, *cells.values(), strict=True)]
+    """Lines of a table with a row for each label; with a column for each, where the terminal is too narrow."""
+    rows = [("", *(HEADINGS.get(name, name) for name in columns)), *((label, *cells[label]) for label in cells)]
+    lines = _aligned(rows)
+    if sys.stdout.isatty() and len(lines[0]) > shutil.get_terminal_size().columns:
+        return _aligned(list(zip(*rows, strict=True)))
+    return lines
 
-    def line(label: str, items: Sequence[str]) -> str:
-        return "  ".join([label.ljust(width), *(item.rjust(size) for item, size in zip(items, widths, strict=True))])
 
-    return [line("", headings), *(line(label, items) for label, items in cells.items())]
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
 
 
 def write_report(report: dict[str, Any], measurement: Measurement, folder: Path) -> None:
