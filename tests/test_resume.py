@@ -1,6 +1,7 @@
 """A run that is stopped and resumed, however it was stopped, ends as if it had never been."""
 
 import itertools
+import json
 import random
 import resource
 import signal
@@ -78,6 +79,24 @@ def test_resume_auto_starts_afresh_where_there_is_nothing(shared_drive, undistur
     run(shared_drive, "--epochs", 6, "--resume", "auto")
     assert "nothing to resume in save_weights, starting afresh" in capsys.readouterr().out
     assert_same_state(undisturbed, load_checkpoint(LAST))
+
+
+def test_weights_to_start_from_are_for_the_first_start_alone(shared_drive, working_directory, capsys):
+    """The same command, started again and again, as a scheduler does."""
+    run(shared_drive, "--epochs", 1, "--output-dir", "first", "--seed", 1)
+    command = ["--init-weights", "first/last_model.pth", "--train-on-all"]
+    run(shared_drive, "--epochs", 2, *command, "--output-dir", "whole")
+    capsys.readouterr()
+    said = "--init-weights first/last_model.pth: not read again, as the run goes on from save_weights/last_model.pth\n"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_in(1, patch)
+        run(shared_drive, "--epochs", 2, *command, "--resume", "auto")
+    assert said not in capsys.readouterr().out
+    run(shared_drive, "--epochs", 2, *command, "--resume", "auto")
+    assert said in capsys.readouterr().out
+    assert_same_state(load_checkpoint("whole/last_model.pth"), load_checkpoint(LAST))
+    record = json.loads(LAST.with_name("run.json").read_text())
+    assert record["started_from"] == {} and list(record["earlier"][0]["started_from"]) == ["first/last_model.pth"]
 
 
 def test_resume_auto_passes_damaged_files_over(shared_drive, working_directory, capsys):

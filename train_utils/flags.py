@@ -93,7 +93,8 @@ def add_training_flags(parser: Parser) -> None:
         default="",
         metavar="FILE",
         help="start a new run from the weights of this file, for example to fine-tune pretrained/unet_fundus.pth; its "
-        "architecture, normalization and working diameter become the defaults",
+        "architecture, normalization and working diameter become the defaults. With --resume auto: for the first start "
+        "alone",
     )
     group.add_argument(
         "--backbone-weights",
