@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .field_of_view import field_of_view_diameter
+from .field_of_view import field_of_view_diameter, shows_two_discs
 
 # The expected Dice: a constant, and the weights of the agreement's log-odds and of the logarithm of the edges.
 CONSTANT, WEIGHT_OF_AGREEMENT, WEIGHT_OF_EDGES = -0.312, 0.245, 0.116
@@ -100,6 +100,7 @@ def reasons_for_doubt(
     no_border = is_rectangle(retina)
     reasons = {
         "no border found": no_border,
+        "two discs in one picture": shows_two_discs(photograph, retina),
         "of one colour": spread(photograph, retina) < LEAST_SPREAD,
         "too dark": brightness(photograph, retina) < LEAST_BRIGHTNESS,
         # Without a border the size of details is unknown, as in a close-up.
