@@ -124,7 +124,15 @@ def brightness(photograph: np.ndarray, retina: np.ndarray) -> float:
 
 def spread(photograph: np.ndarray, retina: np.ndarray) -> float:
     """The standard deviation of the levels inside the retina, of the channel where it is largest."""
-    return max(float(photograph[..., channel][retina].std()) for channel in range(3)) if retina.any() else 0.0
+    if not retina.any():
+        return 0.0
+    # By histograms: numpy makes float64 values of all pixels.
+    mask, levels = Image.fromarray(retina), np.arange(256)
+    spreads = []
+    for channel in range(3):
+        counts = np.array(Image.fromarray(photograph[..., channel]).histogram(mask))
+        spreads.append(np.sqrt(np.average((levels - np.average(levels, weights=counts)) ** 2, weights=counts)))
+    return float(max(spreads))
 
 
 def sharpness(photograph: np.ndarray, retina: np.ndarray) -> float:

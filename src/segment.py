@@ -229,7 +229,7 @@ def _blend(
             if votes is not None:
                 vote = (probability.sum(dim=0) > 0.5) * row_weight[:, None] * column_weight
                 votes.count[vertical, horizontal] += vote
-    return blended / len(turns)
+    return blended.div_(len(turns))
 
 
 def _overlapping_spans(length: int, tile: int) -> list[tuple[slice, Tensor]]:
