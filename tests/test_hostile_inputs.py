@@ -136,7 +136,7 @@ def hostile_picture(number, image):
         mode = MODES[number // 8 % len(MODES)]
         if mode in ("I;16", "I", "F"):
             levels = np.array(image.convert("L")).astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
-            levels = levels * rng.choice([1, 200, -1]) if mode != "I;16" else levels * 257
+            levels = levels * int(rng.choice([1, 200, -1])) if mode != "I;16" else levels * 257
             if mode == "F":
                 levels[::7, ::5] = rng.choice([np.nan, np.inf, -np.inf, 1e38])
             return ".tif", _encoded(Image.fromarray(levels), ".tif")

@@ -206,7 +206,7 @@ def test_killed_at_random_moments(shared_drive, tmp_path, kills):
     weights are those of a run that was never killed."""
     rng, done, in_an_epoch, gone_on = random.Random(0), 0, 0, 0
     (tmp_path / "undisturbed").mkdir()
-    assert start_and_perhaps_kill(shared_drive, tmp_path / "undisturbed", 300, False) is None
+    assert start_and_perhaps_kill(shared_drive, tmp_path / "undisturbed", 3600, False) is None
     undisturbed = load_checkpoint(tmp_path / "undisturbed" / LAST)
     assert len(undisturbed["history"]) == EPOCHS
     for run_number in itertools.count():
@@ -227,7 +227,7 @@ def test_killed_at_random_moments(shared_drive, tmp_path, kills):
                 before = last if path.name == LAST.name else before
             gone_on += before >= 0
         else:
-            assert start_and_perhaps_kill(shared_drive, folder, 300, False) is None
+            assert start_and_perhaps_kill(shared_drive, folder, 3600, False) is None
         assert_same_state(undisturbed, load_checkpoint(folder / LAST))
         (table,) = folder.glob("results*.csv")
         assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["epoch", *map(str, range(EPOCHS))]
