@@ -16,10 +16,10 @@ from pathlib import Path
 
 from src import Segmenter
 from src.errors import DatasetError
-from src.photograph import PhotographError, page_and_pages, pixel_count, read_photograph, require_file
+from src.photograph import LARGE, PhotographError, page_and_pages, pixel_count, read_photograph, require_file
 from src.reliability import reasons_for_doubt
 from src.roi_mask import choose_field_of_view, require_roi_mask, roi_mask_path
-from src.segmenter import LARGE, PRETRAINED
+from src.segmenter import PRETRAINED
 from src.weights import Checkpoint, load_model
 from train_utils.command_line import (
     Parser,

@@ -89,7 +89,7 @@ def find_field_of_view(photograph: np.ndarray) -> np.ndarray:
     if min(height, width) < SMALLEST_SIDE:
         return np.ones((height, width), bool)
     shrink = math.ceil(max(height, width) / FINE_SIDE)
-    image = reduced(photograph, shrink)
+    image = _reduced(photograph, shrink)
     strips = _log(image.reduce((1, BLOCK))).transpose(1, 0, 2), _log(image.reduce((BLOCK, 1)))  # [w, h / BLOCK, 3], ...
     everything = np.array([image.width / 2, image.height / 2, np.inf, np.inf])
     box = _straight_cuts(strips, everything)
@@ -130,7 +130,7 @@ def shows_two_discs(photograph: np.ndarray, retina: np.ndarray) -> bool:
     if len(rows) == 0:
         return False
     shrink = math.ceil(max(retina.shape) / FINE_SIDE)
-    picture = np.asarray(reduced(photograph, shrink))
+    picture = np.asarray(_reduced(photograph, shrink))
     top, bottom, left, right = (int(value) // shrink for value in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
     height, width = bottom - top, right - left
     no_rim = np.count_nonzero(retina) == len(rows) * len(columns)
@@ -157,7 +157,12 @@ def _holds_disc(picture: np.ndarray) -> bool:
     return not disc.all() and heights[-1] < heights.max() / 2
 
 
-def reduced(photograph: np.ndarray, shrink: int) -> Image.Image:
+def shrunk(photograph: np.ndarray, factor: int) -> np.ndarray:
+    """A photograph, uint8 [H, W, 3], with the mean of `factor` x `factor` pixels in one; with 1 itself."""
+    return np.array(_reduced(photograph, factor)) if factor > 1 else photograph
+
+
+def _reduced(photograph: np.ndarray, shrink: int) -> Image.Image:
     """The photograph with the mean of `shrink` x `shrink` pixels in one."""
     # In parts: Pillow copies what it is given, and fresh memory for a large photograph takes longer than the rest.
     rows = 64 * shrink

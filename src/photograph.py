@@ -28,6 +28,7 @@ FORMATS = {
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 ROWS_AT_ONCE = 256
+LARGE = 40_000_000  # pixels; of photographs of more, what is not drawn is found at a smaller size, to save memory
 
 _WARNINGS = threading.RLock()  # `catch_warnings` changes the whole process, and threads read photographs at once
 

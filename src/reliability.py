@@ -30,7 +30,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .field_of_view import field_of_view_diameter, shows_two_discs
+from .field_of_view import field_of_view_diameter, shows_two_discs, shrunk
+from .photograph import LARGE
 
 # The expected Dice: a constant, and the weights of the agreement's log-odds and of the logarithm of the edges.
 CONSTANT, WEIGHT_OF_AGREEMENT, WEIGHT_OF_EDGES = -0.312, 0.245, 0.116
@@ -98,6 +99,8 @@ def reasons_for_doubt(
         reliability: the expected Dice, or None where it is unknown.
     """
     no_border = is_rectangle(retina)
+    shrink = math.ceil(math.sqrt(retina.size / LARGE))
+    photograph, retina = shrunk(photograph, shrink), retina[::shrink, ::shrink]
     reasons = {
         "no border found": no_border,
         "two discs in one picture": shows_two_discs(photograph, retina),

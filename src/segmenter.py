@@ -10,14 +10,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .colours import prepare
-from .field_of_view import field_of_view_diameter, find_field_of_view, reduced
+from .field_of_view import field_of_view_diameter, find_field_of_view, shrunk
 from .inference import for_inference
-from .photograph import read_photograph, to_rgb
+from .photograph import LARGE, read_photograph, to_rgb
 from .reliability import expected_dice
-from .segment import Votes, match_scale, resize_probabilities, segment, widening
+from .segment import Votes, match_scale, segment, widening
 from .weights import Checkpoint, load_model, normalization_of
-
-LARGE = 40_000_000  # pixels; photographs of more are prepared for the model at a smaller size, to save memory
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "unet_fundus.pth"
 
@@ -102,21 +100,19 @@ class Segmenter:
         flips = self.checkpoint.get("tta", False) if flips is None else flips
         votes = Votes() if flips and self.checkpoint["model_args"]["num_classes"] == 2 else None
         shrink = _shrink_first(image, scale)
-        small = np.array(reduced(image, shrink)) if shrink > 1 else image
         probabilities = segment(
             self.model,
-            prepare(small, retina[::shrink, ::shrink], normalization_of(self.checkpoint)),
+            prepare(shrunk(image, shrink), retina[::shrink, ::shrink], normalization_of(self.checkpoint)),
             self.checkpoint["mean"],
             self.checkpoint["std"],
             scale=scale * shrink,
+            size=image.shape[:2],
             tile=tile,
             flips=flips,
             batch_size=batch_size,
             amp_dtype=self.amp_dtype,
             votes=votes,
         )
-        if shrink > 1:
-            probabilities = resize_probabilities(probabilities[None].float(), image.shape[:2])[0]
         shift = widening(scale, self.checkpoint.get("trained_scale"))
         labels = classify(probabilities, threshold, shift).astype(np.uint8)
         labels[~field_of_view] = 0
