@@ -16,6 +16,7 @@ import os
 import re
 import stat
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,7 +65,8 @@ def read_file(path: Path) -> Any:
             raise CheckpointError(f"{path}: is no file (a folder, a FIFO or a device); give one that train.py wrote")
         _require_checksums(path)
         # The tutorial's files hold `args` as a pickled Namespace, which is plain data. No other class is allowed.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign pickle protocol
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(
