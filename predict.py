@@ -6,16 +6,17 @@ import src.threads  # noqa: F401  # before torch is imported
 
 import argparse
 import functools
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 from src import Segmenter
 from src.errors import DatasetError
-from src.photograph import PhotographError, page_and_pages, read_photograph, require_file
+from src.photograph import LARGE, PhotographError, page_and_pages, pixel_count, read_photograph, require_file
 from src.reliability import reasons_for_doubt
 from src.roi_mask import choose_field_of_view, require_roi_mask, roi_mask_path
 from src.segmenter import PRETRAINED
@@ -50,6 +51,9 @@ from train_utils.prediction_report import REPORT, THUMBNAILS, write_report
 from train_utils.prediction_table import COLUMNS, DIGESTS, FACTS, PredictionTable, Row, digest, escaped, printable
 
 TRAINED = Path("save_weights", "best_model.pth")
+AT_ONCE = 2  # photographs that are worked on at once
+
+_PLACES, _NEXT = threading.Semaphore(AT_ONCE), threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def segment_all(
         print("stopping as soon as the photographs that were begun are done", flush=True)
 
     try:
-        with closing(in_order(work, jobs, on_interrupt=tell_of_stop)) as outcomes:
+        with closing(in_order(work, jobs, AT_ONCE, on_interrupt=tell_of_stop)) as outcomes:
             for outcome in outcomes:
                 done.append(outcome)
                 rows.add(outcome.row)
@@ -171,9 +175,10 @@ def work_on(
             if same and all(picture.exists() for picture in picture_paths(mask, args)):
                 line = f"{path.name}: segmented before" if brief else f"{path}: segmented before -> {mask}"
                 return Outcome(path, former, line, kept=True)
-        prediction = predict(path, segmenter, args)
-        with memory_for(path):
-            write_pictures(prediction, mask, args)
+        with alone_if_large(path):
+            prediction = predict(path, segmenter, args)
+            with memory_for(path):
+                write_pictures(prediction, mask, args)
         before = former and [former[name] for name in DIGESTS]
         if before and before != [row[name] for name in DIGESTS]:
             remove_other_pictures(mask, args)  # of the mask before
@@ -186,6 +191,19 @@ def work_on(
     except DatasetError as error:
         row["error"] = printable(str(error))
         return Outcome(path, row, f"failed: {error}", error=str(error))
+
+
+@contextmanager
+def alone_if_large(path: Path) -> Iterator[None]:
+    """Work on a photograph beside another one; on a LARGE one alone, since two of them may not fit into memory."""
+    places = AT_ONCE if pixel_count(path) > LARGE else 1
+    with _NEXT:  # one after the other, so that two large ones do not each hold a place and wait for a second
+        for _ in range(places):
+            _PLACES.acquire()
+    try:
+        yield
+    finally:
+        _PLACES.release(places)
 
 
 def digests(path: Path, settings: str, args: argparse.Namespace) -> Row:

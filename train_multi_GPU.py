@@ -24,6 +24,7 @@ from train_utils.distributed_utils import (
 from train_utils.files import make_output_folder
 from train_utils.fit import fit
 from train_utils.flags import add_training_flags, parse_with_recipe
+from train_utils.memory import explain_out_of_memory
 from train_utils.run_folder import own_output_folder, record_run
 from train_utils.scoring import check_what_is_scored, conclude_training, score
 from train_utils.settings import memory_format, model_arguments, settle
@@ -55,7 +56,8 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
     train_loader, val_loaders = make_loaders(train_data, val_data, device, args, drop_last=True)
 
     torch.manual_seed(args.seed)
-    raw_model = create_model(**model_arguments(args)).to(device, memory_format=memory_format(args))
+    with explain_out_of_memory("lower --base-c, or use another --arch"):
+        raw_model = create_model(**model_arguments(args)).to(device, memory_format=memory_format(args))
     model = wrap(raw_model, args)
     state = TrainingState(
         raw_model, device, len(train_loader), args, train_data.files, val_data.files, train_data.median_scale()

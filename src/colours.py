@@ -91,11 +91,17 @@ def match_colours(
         grey = photograph[..., channel]
         values = grey[field_of_view] / np.float32(255)  # [pixels]
         if even_light:
-            values /= np.maximum(_local_mean(grey, field_of_view)[field_of_view], 1 / 255)
+            light = _local_mean(grey, field_of_view)[field_of_view]
+            values /= np.maximum(light, 1 / 255, out=light)
+            del light
         # The lower limit keeps a channel of constant value constant.
         scale = std[channel] / max(float(values.std()), 1 / 255)
-        levels = ((values - values.mean()) * scale + mean[channel]) * 255
-        matched[..., channel][field_of_view] = np.rint(levels).clip(0, 255)
+        # In place, since every copy of a large photograph counts.
+        values -= values.mean()
+        values *= scale
+        values += mean[channel]
+        values *= 255
+        matched[..., channel][field_of_view] = np.rint(values, out=values).clip(0, 255, out=values)
     return matched
 
 

@@ -63,6 +63,9 @@ BAR_NOISE = 3  # least step, in medians of the steps elsewhere
 BAR_SHARE = 0.85  # of a chord that must step
 LEAST_CHORD = 0.25  # of the longest chord: along shorter ones, the rim itself looks straight
 
+# Two discs in one picture.
+SPLIT_FRAME, SPLIT_DISC = 1.2, 1.45  # least sides' ratio of a frame without a rim, and of the box around an ellipse
+
 
 @dataclass(frozen=True)
 class _Edges:
@@ -114,6 +117,49 @@ def field_of_view_diameter(field_of_view: np.ndarray) -> float:
         reached = np.flatnonzero(counts > counts.max() / 100)
         sides.append(reached[-1] - reached[0] + 1 if len(reached) else 0)
     return float(max(sides))
+
+
+def shows_two_discs(photograph: np.ndarray, retina: np.ndarray) -> bool:
+    """Whether a photograph, uint8 [H, W, 3], holds two discs side by side, or one above the other.
+
+    Args:
+        photograph: from `read_photograph`.
+        retina: what was found in it, bool [H, W]: one of the discs, an ellipse around both, or the whole frame.
+    """
+    rows, columns = np.flatnonzero(retina.any(axis=1)), np.flatnonzero(retina.any(axis=0))
+    if len(rows) == 0:
+        return False
+    shrink = math.ceil(max(retina.shape) / FINE_SIDE)
+    picture = np.asarray(_reduced(photograph, shrink))
+    top, bottom, left, right = (int(value) // shrink for value in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
+    height, width = bottom - top, right - left
+    no_rim = np.count_nonzero(retina) == len(rows) * len(columns)
+    if max(height, width) > (SPLIT_FRAME if no_rim else SPLIT_DISC) * min(height, width):
+        box = picture[top:bottom, left:right]
+        return _splits_into_discs(box if width > height else box.transpose(1, 0, 2))
+    if no_rim:
+        return False
+    beside = picture[:, :left], picture[:, right:], picture[:top], picture[bottom:]
+    return any(min(part.shape[:2]) > min(height, width) / 2 and _holds_disc(part) for part in beside)
+
+
+def _splits_into_discs(picture: np.ndarray) -> bool:
+    """Whether a picture, uint8 [h, w, 3], holds one disc on either side of the column where they would meet."""
+    third = picture.shape[1] // 3
+    levels = picture[:, third:-third].astype(np.float32)
+    between = third + int(np.abs(levels - np.median(levels, axis=0)).mean(axis=(0, 2)).argmin())
+    return _holds_disc(picture[:, :between]) and _holds_disc(picture[:, between:][:, ::-1])
+
+
+def _holds_disc(picture: np.ndarray) -> bool:
+    """Whether a picture, uint8 [h, w, 3], holds a disc that is not the rest of one beyond its right side."""
+    heights = np.count_nonzero(disc := find_field_of_view(picture), axis=0)
+    return not disc.all() and heights[-1] < heights.max() / 2
+
+
+def shrunk(photograph: np.ndarray, factor: int) -> np.ndarray:
+    """A photograph, uint8 [H, W, 3], with the mean of `factor` x `factor` pixels in one; with 1 itself."""
+    return np.array(_reduced(photograph, factor)) if factor > 1 else photograph
 
 
 def _reduced(photograph: np.ndarray, shrink: int) -> Image.Image:

@@ -27,6 +27,9 @@ FORMATS = {
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
+ROWS_AT_ONCE = 256
+LARGE = 40_000_000  # pixels; of photographs of more, what is not drawn is found at a smaller size, to save memory
+
 _WARNINGS = threading.RLock()  # `catch_warnings` changes the whole process, and threads read photographs at once
 
 
@@ -41,7 +44,9 @@ def load_image(path: str | Path) -> Image.Image:
         PhotographError: no such file, no image, a damaged one, or one of more than about 180 megapixels.
     """
     with _open(path) as image:
-        return ImageOps.exif_transpose(image)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of a large photograph would take gigabytes
+        return image
 
 
 def read_photograph(path: str | Path) -> np.ndarray:
@@ -52,7 +57,23 @@ def read_photograph(path: str | Path) -> np.ndarray:
     Raises:
         PhotographError: as `load_image`.
     """
-    return np.array(to_rgb(load_image(path)))
+    image = to_rgb(load_image(path))
+    photograph = np.empty((image.height, image.width, 3), np.uint8)
+    # In parts: at once, Pillow makes two more copies.
+    for top in range(0, image.height, ROWS_AT_ONCE):
+        bottom = min(top + ROWS_AT_ONCE, image.height)
+        photograph[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    return photograph
+
+
+def pixel_count(path: str | Path) -> int:
+    """The number of pixels that an image file says it has.
+
+    Raises:
+        PhotographError: as `load_image`, except that damage within the picture is not found.
+    """
+    with _open(path) as image:
+        return image.width * image.height
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -138,7 +159,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_8_bit(grey: np.ndarray) -> np.ndarray:

@@ -30,7 +30,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .field_of_view import field_of_view_diameter
+from .field_of_view import field_of_view_diameter, shows_two_discs, shrunk
+from .photograph import LARGE
 
 # The expected Dice: a constant, and the weights of the agreement's log-odds and of the logarithm of the edges.
 CONSTANT, WEIGHT_OF_AGREEMENT, WEIGHT_OF_EDGES = -0.312, 0.245, 0.116
@@ -98,8 +99,11 @@ def reasons_for_doubt(
         reliability: the expected Dice, or None where it is unknown.
     """
     no_border = is_rectangle(retina)
+    shrink = math.ceil(math.sqrt(retina.size / LARGE))
+    photograph, retina = shrunk(photograph, shrink), retina[::shrink, ::shrink]
     reasons = {
         "no border found": no_border,
+        "two discs in one picture": shows_two_discs(photograph, retina),
         "of one colour": spread(photograph, retina) < LEAST_SPREAD,
         "too dark": brightness(photograph, retina) < LEAST_BRIGHTNESS,
         # Without a border the size of details is unknown, as in a close-up.
@@ -123,7 +127,15 @@ def brightness(photograph: np.ndarray, retina: np.ndarray) -> float:
 
 def spread(photograph: np.ndarray, retina: np.ndarray) -> float:
     """The standard deviation of the levels inside the retina, of the channel where it is largest."""
-    return max(float(photograph[..., channel][retina].std()) for channel in range(3)) if retina.any() else 0.0
+    if not retina.any():
+        return 0.0
+    # By histograms: numpy makes float64 values of all pixels.
+    mask, levels = Image.fromarray(retina), np.arange(256)
+    spreads = []
+    for channel in range(3):
+        counts = np.array(Image.fromarray(photograph[..., channel]).histogram(mask))
+        spreads.append(np.sqrt(np.average((levels - np.average(levels, weights=counts)) ** 2, weights=counts)))
+    return float(max(spreads))
 
 
 def sharpness(photograph: np.ndarray, retina: np.ndarray) -> float:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .colours import ChannelNormalization, to_float
+from .photograph import LARGE
 
 SMALLEST_INPUT = 16  # pixels; the least side of the U-Net's input
 GRID = 32  # pixels; in tiles that begin at multiples of this, poolings group the same pixels as in the whole picture
@@ -155,6 +156,7 @@ def segment(
     std: Sequence[float],
     *,
     scale: float = 1.0,
+    size: Sequence[int] | None = None,
     tile: int | None = None,
     flips: bool = False,
     batch_size: int = 1,
@@ -168,6 +170,7 @@ def segment(
         photograph: RGB, uint8 [H, W, 3].
         mean, std: the normalisation of the model's training photographs.
         scale: resize the photograph by this factor, and the probabilities back.
+        size: (H, W) of the probabilities; None: that of the photograph.
         tile: side in pixels (after scaling) of overlapping tiles; None: use tiles only where memory requires it.
         flips: average over the four flips of the picture, which takes four times as long.
         batch_size: number of tiles or flips in one forward pass.
@@ -175,10 +178,10 @@ def segment(
         votes: where to count the flips that see a vessel; None: nowhere.
 
     Returns:
-        float64 [C - 1, H, W] on the CPU; for two classes, the vessels alone.
+        float64 [C - 1, H, W] on the CPU, float32 of more than LARGE pixels; for two classes, the vessels alone.
     """
     assert not model.training, "call model.eval() first"
-    height, width = photograph.shape[:2]
+    height, width = size or photograph.shape[:2]
     if scale != 1:
         photograph = rescale(photograph, scale)
     turns = FLIPS if flips else FLIPS[:1]
@@ -190,6 +193,8 @@ def segment(
 
     with _NETWORK:
         probabilities = _blend(model, crop, photograph.shape[:2], tile, turns, batch_size, amp_dtype, votes)
+    if height * width > LARGE:
+        probabilities = probabilities.float()
     return resize_probabilities(probabilities[None], (height, width))[0]
 
 
@@ -229,7 +234,7 @@ def _blend(
             if votes is not None:
                 vote = (probability.sum(dim=0) > 0.5) * row_weight[:, None] * column_weight
                 votes.count[vertical, horizontal] += vote
-    return blended / len(turns)
+    return blended.div_(len(turns))
 
 
 def _overlapping_spans(length: int, tile: int) -> list[tuple[slice, Tensor]]:

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .colours import prepare
-from .field_of_view import field_of_view_diameter, find_field_of_view
+from .field_of_view import field_of_view_diameter, find_field_of_view, shrunk
 from .inference import for_inference
-from .photograph import read_photograph, to_rgb
+from .photograph import LARGE, read_photograph, to_rgb
 from .reliability import expected_dice
 from .segment import Votes, match_scale, segment, widening
 from .weights import Checkpoint, load_model, normalization_of
@@ -28,7 +28,7 @@ class Segmentation:
     field_of_view: np.ndarray  # bool [H, W]
     diameter: float  # of the field of view, pixels
     scale: float  # that the photograph was resized by for the model
-    probabilities: Tensor  # float64 [C - 1, H, W], of all classes except the background
+    probabilities: Tensor  # float64 (above LARGE float32) [C - 1, H, W], of all classes except the background
     labels: np.ndarray  # uint8 [H, W]; 0 is the background and everything outside the field of view
     reliability: float | None  # the Dice that is expected, 0 to 1; None without flips, or of more than two classes
 
@@ -99,12 +99,14 @@ class Segmenter:
             scale = match_scale(diameter, self.checkpoint["fov_diameter"])
         flips = self.checkpoint.get("tta", False) if flips is None else flips
         votes = Votes() if flips and self.checkpoint["model_args"]["num_classes"] == 2 else None
+        shrink = _shrink_first(image, scale)
         probabilities = segment(
             self.model,
-            prepare(image, retina, normalization_of(self.checkpoint)),
+            prepare(shrunk(image, shrink), retina[::shrink, ::shrink], normalization_of(self.checkpoint)),
             self.checkpoint["mean"],
             self.checkpoint["std"],
-            scale=scale,
+            scale=scale * shrink,
+            size=image.shape[:2],
             tile=tile,
             flips=flips,
             batch_size=batch_size,
@@ -112,7 +114,8 @@ class Segmenter:
             votes=votes,
         )
         shift = widening(scale, self.checkpoint.get("trained_scale"))
-        labels = np.where(field_of_view, classify(probabilities, threshold, shift), 0).astype(np.uint8)
+        labels = classify(probabilities, threshold, shift).astype(np.uint8)
+        labels[~field_of_view] = 0
         reliability = expected_dice(labels > 0, field_of_view, votes.count) if votes else None
         return Segmentation(image, field_of_view, diameter, scale, probabilities, labels, reliability)
 
@@ -137,6 +140,15 @@ def classify(probabilities: Tensor, threshold: float, shift: float = 0.0) -> np.
         return (probabilities[0] > threshold).numpy()
     background = 1 - probabilities.sum(dim=0, keepdim=True)
     return torch.cat([background, probabilities]).argmax(dim=0).numpy()
+
+
+def _shrink_first(photograph: np.ndarray, scale: float) -> int:
+    """The whole number by which to shrink a photograph, uint8 [H, W, 3], before it is prepared; 1 unless it is LARGE.
+
+    It is shrunk to LARGE, but not below the `scale` that the model wants.
+    """
+    pixels = photograph.shape[0] * photograph.shape[1]
+    return max(1, min(math.ceil(math.sqrt(pixels / LARGE)), math.floor(1 / scale)))
 
 
 def _as_array(photograph: str | Path | Image.Image | np.ndarray) -> np.ndarray:

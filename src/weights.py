@@ -12,8 +12,12 @@ above which a pixel is a vessel, at the training photographs' scale). `src.check
 """
 
 import argparse
+import os
 import re
+import stat
 import struct
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -57,8 +61,12 @@ def read_file(path: Path) -> Any:
         CheckpointError: it is missing or damaged, or wants to run code.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(f"{path}: is no file (a folder, a FIFO or a device); give one that train.py wrote")
+        _require_checksums(path)
         # The tutorial's files hold `args` as a pickled Namespace, which is plain data. No other class is allowed.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign pickle protocol
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(
@@ -73,8 +81,16 @@ def read_file(path: Path) -> Any:
         raise CheckpointError(f"{path}: not a file of weights; give one that train.py wrote") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except _DAMAGE as error:
+    except (*_DAMAGE, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: not a whole file of weights; give one that train.py wrote") from error
+
+
+def _require_checksums(path: Path) -> None:
+    """Refuse a file of which bytes were altered on the way: torch.load does not look at the sums in it."""
+    if zipfile.is_zipfile(path):  # older files are none
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise zipfile.BadZipFile
 
 
 def _without_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,12 +1,16 @@
 """Starting the scripts in several processes."""
 
+import json
 import multiprocessing
 import os
+import resource
+import runpy
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch.multiprocessing
 
@@ -53,3 +57,49 @@ def in_processes(function: Callable, world_size: int, folder: Path, *arguments: 
         process.join(timeout=90)
         assert process.exitcode is not None, "a process hangs"
     return [(folder / f"rank{rank}.txt").read_text() for rank in range(world_size)]
+
+
+def _errors() -> TextIO:
+    return open("stderr.txt", "w", buffering=1, errors="backslashreplace")  # as Python opens stderr
+
+
+def _as_script(folder: str, script: str, flags: Sequence[str], address_space: int) -> None:
+    os.environ |= {name: value for name, value in clean_environment().items() if name == "OMP_NUM_THREADS"}
+    os.chdir(folder)
+    resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+    torch.set_num_threads(1)
+    sys.argv = [f"{script}.py", *flags]
+    status = 0
+    with open("stdout.txt", "w", buffering=1) as sys.stdout, _errors() as sys.stderr:
+        try:
+            runpy.run_path(str(PROJECT / f"{script}.py"), run_name="__main__")
+        except SystemExit as stopped:
+            status = stopped.code or 0
+        except BaseException:
+            traceback.print_exc()
+            raise
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    ended = {"status": status, "peak": used.ru_maxrss * 1024, "seconds": used.ru_utime + used.ru_stime}
+    Path("ended.json").write_text(json.dumps(ended))
+
+
+def start_script(
+    script: str, flags: Sequence[Any], folder: Path, address_space: int = 2**44
+) -> multiprocessing.process.BaseProcess:
+    """Start `python script.py flags` in a folder, without the seconds that imports take.
+
+    In the folder, `stdout.txt` and `stderr.txt` hold what it prints, and at its end `ended.json` its exit status, its
+    peak memory in bytes and the seconds of the processor.
+
+    Args:
+        script: "train", "predict" or "compute_mean_std".
+        flags: of the command line.
+        folder: to work in.
+        address_space: limit of the process, bytes, so that a fault takes it and not the machine.
+    """
+    for name in ("stdout.txt", "stderr.txt", "ended.json"):
+        (folder / name).unlink(missing_ok=True)
+    arguments = str(folder), script, [*map(str, flags)], address_space
+    process = multiprocessing.get_context("forkserver").Process(target=_as_script, args=arguments)
+    process.start()
+    return process

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from src.field_of_view import find_field_of_view
+from src.field_of_view import find_field_of_view, shows_two_discs
 from src.reliability import (
     brightness,
     edge_density,
@@ -129,6 +129,46 @@ def test_reasons(retina):
     assert doubts(photograph, reliability=0.3) == ["low reliability"]
 
 
+def test_two_discs_in_one_picture(synthetic):
+    (first, _, inside), (second, _, _) = synthetic[:2]
+    both = np.concatenate([first, second], axis=1)
+    assert "two discs in one picture" in reasons_for_doubt(both, np.tile(inside, 2), 0.1, None)
+    assert shows_two_discs(both, np.pad(inside, [(0, 0), (0, 360)]))  # one of them was found
+    assert not shows_two_discs(first, inside)
+    assert not shows_two_discs(first[60:-60], inside[60:-60])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("around", [0, 255])
+def test_two_discs_however_they_lie(synthetic, around):
+    first, second = (np.where(inside[..., None], picture, np.uint8(around)) for picture, _, inside in synthetic[:2])
+    small = np.array(Image.fromarray(second).resize((220, 208)))
+    small = np.pad(small, [(66, 66), (0, 0), (0, 0)], constant_values=around)
+    gap = np.full((340, 500, 3), around, np.uint8)
+    pictures = {
+        "side by side": np.concatenate([first, second], axis=1),
+        "one above the other": np.concatenate([first, second]),
+        "of two sizes": np.concatenate([first, small], axis=1),
+        "apart": np.concatenate([first, gap, second], axis=1),
+        "cut off": np.concatenate([first, second], axis=1)[:, 60:-60],
+        "with a margin": np.pad(
+            np.concatenate([first, second], axis=1), [(90, 90), (30, 30), (0, 0)], constant_values=around
+        ),
+    }
+    for name, picture in pictures.items():
+        assert "two discs in one picture" in doubts(picture), name
+    alone = {
+        "one": first,
+        "cut off": first[60:-60],
+        "at the side": np.concatenate([first, gap], axis=1),
+        "in the middle": np.concatenate([gap, first, gap], axis=1),
+        "without a rim": first[100:240, 60:300],
+        "black": np.zeros((300, 700, 3), np.uint8),
+    }
+    for name, picture in alone.items():
+        assert "two discs in one picture" not in doubts(picture), name
+
+
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (120, 120, 120), (200, 90, 40)])
 def test_a_photograph_of_one_colour(retina, colour):
     _, _, inside = retina
@@ -168,6 +208,7 @@ def test_the_table_and_the_printed_line(tmp_path, capsys, flags):
     photograph, _, _ = synthetic_photograph(400, 420, np.random.default_rng(3))
     Image.fromarray(photograph).save(folder / "1.png")
     Image.fromarray((photograph * 0.2).astype(np.uint8)).save(folder / "2.png")
+    Image.fromarray(np.concatenate([photograph, photograph[:, ::-1]], axis=1)).save(folder / "3.png")
     run("--weights", weights, "--image", folder, "--output", tmp_path / "out", *flags)
     with open(tmp_path / "out" / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -183,6 +224,7 @@ def test_the_table_and_the_printed_line(tmp_path, capsys, flags):
         assert (row["warning"] != "") == ("WARNING: " in line)
         assert all(reason in line for reason in row["warning"].split("; "))
     assert "too dark" in rows[1]["warning"] and "too dark" not in rows[0]["warning"]
+    assert ["two discs in one picture" in row["warning"] for row in rows] == [False, False, True]
 
 
 def test_more_than_two_classes_have_warnings_alone(tmp_path):

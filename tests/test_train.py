@@ -197,6 +197,15 @@ def test_weights_of_the_tutorial_that_stay_the_best(epochs, shared_drive, workin
     assert not Path("sw2/best_model.pth").exists() and "scores of tutorial.pth" in output
 
 
+@pytest.mark.parametrize("dice", [0.0, 0.01])
+def test_a_dice_of_nothing_is_said(dice, shared_drive, working_directory, monkeypatch, capsys):
+    evaluations(monkeypatch, dice)
+    run(shared_drive, "--epochs", "1")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("warning: a Dice of 0: the model finds no vessels. See that the labels") == (dice == 0)
+    assert ("try another --lr than 0.05, or more than 1 epochs" in last) == (dice == 0)
+
+
 def test_best_weights_in_the_folder_of_an_earlier_run(shared_drive, working_directory, monkeypatch, capsys):
     evaluations(monkeypatch, 0.999, 0.5, 0.6)
     run(shared_drive, "--epochs", "2", "--output-dir", "earlier")

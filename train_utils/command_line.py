@@ -146,7 +146,7 @@ def select_device(name: str, index: int = 0) -> torch.device:
             device = torch.device("cuda", index if device.index is None else device.index)
             torch.cuda.set_device(device)  # pinned memory, and `max mem`, are those of the current GPU
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, UnicodeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {name}: no such device here ({reason}); use cuda, cuda:0 or cpu") from error
     return device

@@ -109,7 +109,11 @@ def _identities(path: str | Path) -> set[Any]:
 
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    content = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            content.update(part)
+    return content.hexdigest()
 
 
 def make_output_folder(path: str | Path, flag: str) -> Path:

@@ -39,7 +39,9 @@ def add_training_flags(parser: Parser) -> None:
         choices=["equal", "proportional"],
         help="how often each of several data sets is drawn: equally, or in proportion to its photographs",
     )
-    group.add_argument("--num-classes", default=1, type=at_least(1), help="number of classes besides the background")
+    group.add_argument(
+        "--num-classes", default=1, type=at_least(1, below=255), help="number of classes besides the background"
+    )
     group.add_argument(
         "--val-split",
         type=at_least(0),
@@ -67,11 +69,11 @@ def add_training_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--base-size",
-        type=at_least(2),
+        type=at_least(2, below=20000),
         help="shorter side in pixels; the preset resizes to 0.5 - 1.2 times this (rotation: 0.8 - 1.15, any-camera: "
         "0.7 - 1.4) (default: that of each photograph at the working diameter)",
     )
-    group.add_argument("--crop-size", type=at_least(32), help="side of the training crops")
+    group.add_argument("--crop-size", type=at_least(32, below=20000), help="side of the training crops")
     group.add_argument(
         "--fov-diameter",
         type=at_least(32, float, below=20000),
@@ -85,7 +87,7 @@ def add_training_flags(parser: Parser) -> None:
     group.add_argument("--arch", default="unet", choices=list(ARCHITECTURES), help="architecture of the model")
     group.add_argument(
         "--base-c",
-        type=at_least(1),
+        type=at_least(1, below=10000),
         help="channels at full resolution of unet and unet_paper (default of unet_paper: 64)",
     )
     group.add_argument(
@@ -93,7 +95,8 @@ def add_training_flags(parser: Parser) -> None:
         default="",
         metavar="FILE",
         help="start a new run from the weights of this file, for example to fine-tune pretrained/unet_fundus.pth; its "
-        "architecture, normalization and working diameter become the defaults",
+        "architecture, normalization and working diameter become the defaults. With --resume auto: for the first start "
+        "alone",
     )
     group.add_argument(
         "--backbone-weights",

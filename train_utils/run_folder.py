@@ -114,8 +114,10 @@ def _record_run(
         "seed": args.seed,
         "device": device,
         "flags": vars(args),
-        # A file that is missing is reported where it is read.
-        "started_from": {file: sha256_of(file) for file in files_to_start_from(args) if Path(file).is_file()},
+        # A file that is missing is reported where it is read. A resumed start reads none.
+        "started_from": {
+            file: sha256_of(file) for file in files_to_start_from(args) if first_epoch is None and Path(file).is_file()
+        },
         "data": {
             "folders": [str(Path(root).absolute()) for root in roots(args)],
             "trained_on": len(trained_on),

@@ -30,9 +30,11 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
     """
     if args.masks:
         raise UsageError(f"--masks {args.masks}: does nothing without --test-only; add --test-only")
-    if args.init_weights and (args.resume or args.backbone_weights):
-        other = "--resume" if args.resume else "--backbone-weights"
+    if args.init_weights and (args.resume not in ("", "auto") or args.backbone_weights):
+        other = "--backbone-weights" if args.backbone_weights else "--resume"
         raise UsageError(f"--init-weights {args.init_weights}: starts a new run from these weights; leave out {other}")
+    if args.init_weights and checkpoint is not None and is_main_process():
+        print(f"--init-weights {args.init_weights}: not read again, as the run goes on from {checkpoint['path']}")
     settle_amp(args, device)
     if args.channels_last is None:
         # The processors of several machines may differ, but the model's copies may not.

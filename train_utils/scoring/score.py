@@ -132,6 +132,11 @@ def conclude_training(device: torch.device, args: argparse.Namespace, best_dice:
     if is_main_process():
         outcome = "trained on all photographs" if args.train_on_all else f"best Dice {best_dice:.3f}"
         print(f"{outcome}; {_where_the_weights_are(best, args)}")
+        if round(best_dice, 3) == 0:
+            print(
+                "warning: a Dice of 0: the model finds no vessels. See that the labels are white where a vessel is "
+                f"(not empty, not inverted), then try another --lr than {args.lr:g}, or more than {args.epochs} epochs"
+            )
 
 
 def _where_the_weights_are(best: Path | None, args: argparse.Namespace) -> str:
