@@ -24,7 +24,7 @@ from src.field_of_view import DRIVE_FOV_DIAMETER as DRIVE_FOV_DIAMETER
 from src.field_of_view import field_of_view_diameter, find_field_of_view
 from src.masks import read_binary_mask, read_classes
 from src.photograph import read_photograph
-from src.segment import match_scale, rescale
+from src.segment import match_scale, prepare_at_scale
 
 BACKGROUND, VESSEL, OUTSIDE = 0, 1, 255  # the values of a label; OUTSIDE the field of view nothing is learned or scored
 
@@ -99,12 +99,10 @@ class DriveDataset(Dataset):
         for item in self.files:
             photograph, classes, field_of_view = _read_photograph(item, num_classes)
             label = np.where(field_of_view, classes, OUTSIDE).astype(np.uint8)
-            if prepare is not None:
-                photograph = prepare(photograph, field_of_view)
             scale = match_scale(field_of_view_diameter(field_of_view), fov_diameter) if fov_diameter else 1.0
-            if scale != 1:
-                photograph = rescale(photograph, scale)
-                label = _resize_label(label, photograph.shape[:2]) if resize_labels else label
+            photograph = prepare_at_scale(photograph, field_of_view, scale, prepare)
+            if scale != 1 and resize_labels:
+                label = _resize_label(label, photograph.shape[:2])
             self.scales.append(scale)
             self.images.append(photograph)
             self.labels.append(label)

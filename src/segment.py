@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .colours import ChannelNormalization, to_float
+from .field_of_view import shrunk
 from .photograph import LARGE
 
 SMALLEST_INPUT = 16  # pixels; the least side of the U-Net's input
@@ -92,12 +93,52 @@ def rescale(photograph: np.ndarray, scale: float) -> np.ndarray:
     Raises:
         MemoryError: it would have more than LARGEST_RESIZED pixels.
     """
+    return _resize(photograph, _resized(photograph.shape[:2], scale))
+
+
+def prepare_at_scale(
+    photograph: np.ndarray,
+    field_of_view: np.ndarray,
+    scale: float,
+    prepare: Callable[[np.ndarray, np.ndarray], np.ndarray] | None,
+) -> np.ndarray:
+    """A photograph, uint8 [H, W, 3], prepared for a model and resized by a factor: uint8 [scale * H, scale * W, 3].
+
+    To a quarter of its size or less it is first shrunk by a whole number, to twice the size that is wanted or a little
+    more, because preparing a large photograph takes long.
+
+    Args:
+        field_of_view: bool [H, W].
+        prepare: `src.colours.prepare` for a normalization; None: the photograph stays as it is.
+
+    Raises:
+        MemoryError: it would have more than LARGEST_RESIZED pixels.
+    """
     height, width = photograph.shape[:2]
+    size = _resized((height, width), scale)
+    factor = max(1, math.floor(0.5 / scale)) if prepare is not None else 1
+    photograph = shrunk(photograph, factor)
+    if prepare is not None:
+        photograph = prepare(photograph, field_of_view[::factor, ::factor])
+    if scale == 1:
+        return photograph
+    return _resize(photograph, size, (0, 0, width / factor, height / factor))
+
+
+def _resized(size: Sequence[int], scale: float) -> tuple[int, int]:
+    """(H, W) of a photograph after resizing."""
+    height, width = size
     if (pixels := width * scale * height * scale) > LARGEST_RESIZED:
         raise MemoryError(f"{pixels / 1e6:.3g} megapixels at scale {scale:g}")
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _resize(
+    photograph: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
+) -> np.ndarray:
+    """What lies in `box` (left, top, right, bottom; None: all), resized to `size` (H, W)."""
     # As the training preset resizes.
-    return np.array(Image.fromarray(photograph).resize(size, Image.Resampling.BILINEAR))
+    return np.array(Image.fromarray(photograph).resize(size[::-1], Image.Resampling.BILINEAR, box))
 
 
 def resize_probabilities(probabilities: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,5 +1,6 @@
 """A photograph -> its vessels, by a model and what its file of weights tells of the preparation."""
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .colours import prepare
-from .field_of_view import field_of_view_diameter, find_field_of_view, shrunk
+from .field_of_view import field_of_view_diameter, find_field_of_view
 from .inference import for_inference
-from .photograph import LARGE, read_photograph, to_rgb
+from .photograph import read_photograph, to_rgb
 from .reliability import expected_dice
-from .segment import Votes, match_scale, segment, widening
+from .segment import Votes, match_scale, prepare_at_scale, segment, widening
 from .weights import Checkpoint, load_model, normalization_of
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "unet_fundus.pth"
@@ -99,13 +100,12 @@ class Segmenter:
             scale = match_scale(diameter, self.checkpoint["fov_diameter"])
         flips = self.checkpoint.get("tta", False) if flips is None else flips
         votes = Votes() if flips and self.checkpoint["model_args"]["num_classes"] == 2 else None
-        shrink = _shrink_first(image, scale)
+        normalised = functools.partial(prepare, normalization=normalization_of(self.checkpoint))
         probabilities = segment(
             self.model,
-            prepare(shrunk(image, shrink), retina[::shrink, ::shrink], normalization_of(self.checkpoint)),
+            prepare_at_scale(image, retina, scale, normalised),
             self.checkpoint["mean"],
             self.checkpoint["std"],
-            scale=scale * shrink,
             size=image.shape[:2],
             tile=tile,
             flips=flips,
@@ -140,15 +140,6 @@ def classify(probabilities: Tensor, threshold: float, shift: float = 0.0) -> np.
         return (probabilities[0] > threshold).numpy()
     background = 1 - probabilities.sum(dim=0, keepdim=True)
     return torch.cat([background, probabilities]).argmax(dim=0).numpy()
-
-
-def _shrink_first(photograph: np.ndarray, scale: float) -> int:
-    """The whole number by which to shrink a photograph, uint8 [H, W, 3], before it is prepared; 1 unless it is LARGE.
-
-    It is shrunk to LARGE, but not below the `scale` that the model wants.
-    """
-    pixels = photograph.shape[0] * photograph.shape[1]
-    return max(1, min(math.ceil(math.sqrt(pixels / LARGE)), math.floor(1 / scale)))
 
 
 def _as_array(photograph: str | Path | Image.Image | np.ndarray) -> np.ndarray:
