@@ -53,7 +53,7 @@ _TABLE: dict[str, tuple[Any, Any, Any, Any]] = {
     "crop_size":       (480,         128,         256,          256),
     "batch_size":      (4,           4,            4,            4),
     "epochs":          (200,         2,           20,           20),
-    "steps_per_epoch": (None,        300,         200,          200),
+    "steps_per_epoch": (None,        250,         200,          200),
     "optimizer":       ("sgd",       "muon",      "adamw",      "adamw"),
     "lr":              (0.01,        16e-3,       4e-3,         4e-3),
     "weight_decay":    (1e-4,        1e-2,         1e-2,         1e-2),
