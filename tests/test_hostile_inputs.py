@@ -422,7 +422,8 @@ HOSTILE_WORDS = (
     *("*", "[", "{}", "--", "-", "True", "None", "auto", "fifo", "loop", "text.txt", "fifo/x", "text.txt/x"),
 )
 LARGE = (
-    *(("train", flag, 10**6, (1,)) for flag in ("--crop-size", "--base-size", "--base-c", "--val-split")),
+    *(("train", flag, 10**6, (2,)) for flag in ("--crop-size", "--base-size", "--base-c")),
+    ("train", "--val-split", 10**6, (1,)),
     *(("train", flag, 2**62, (1, 2)) for flag in ("--crop-size", "--base-size", "--base-c", "--start-epoch")),
     *(("train", flag, 2**62, (0,)) for flag in ("--batch-size", "--print-freq")),
     ("train", "--num-classes", 10**9, (1, 2)),
