@@ -48,7 +48,9 @@ class Muon(AdamW):
         super().__init__([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: None = None) -> None:
+        """Change all parameters that have a gradient."""
+        assert closure is None, "the loss is not computed again"
         gradients = {}
         for group in self.param_groups:
             for parameter in group["params"] if "momentum" in group else ():
