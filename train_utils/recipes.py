@@ -14,11 +14,10 @@ takes 19 minutes (torch 2.15), and the tutorial's settings 74 (calculated). On t
 takes 0.7 to 0.9 s (`--recipe best --epochs 1 --steps-per-epoch 20 --val-split 1`). Dice on the official test
 photographs, which the README quotes, was measured once, by its maintainers, with an earlier version: best with flips.
 
-quick is to reach the tutorial's Dice in the least time. `python tests/benchmark.py --time-to-dice 10 --data-path FOLDER`
-trains ten seeds, and every one of them reached it. @TIME@
+quick is to reach the tutorial's Dice in the least time. @TIME@
 
-What quick is made of, one change at a time. FOLDER has 21-36 as `training` alone, and 22, 27, 28, 29 of them are held out
-(`--data-path FOLDER --fold 1/4 --recipe quick --epochs 1` and); seconds of one AVX2 core:
+What quick is made of, one change at a time: `--data-path FOLDER --fold 1/4 --recipe quick --epochs 1` and the flags
+below, where FOLDER has 21-36 as `training` and nothing else (22, 27, 28 and 29 are held out); seconds of one AVX2 core:
 
     --optimizer adamw --lr 8e-3 --crop-size 256 --steps-per-epoch 200    0.777    115
     --optimizer adamw --lr 8e-3 --crop-size 192 --steps-per-epoch 360    0.785    115
@@ -36,10 +35,10 @@ What quick is made of, one change at a time. FOLDER has 21-36 as `training` alon
     --lr 8e-3 --augmentation tutorial --steps-per-epoch 400              0.802     86
     --lr 8e-3 --augmentation any-camera --steps-per-epoch 400            0.793     85
 
-The first three rows had four epochs. Muon (0.015) and many small crops (0.020) count; the rest is within the noise of one
-seed. Tried and left out: a network at half the resolution (twice the width, pixels moved into channels and back) costs
-as much for less: 0.788 with AdamW and 0.809 with Muon, at 800 steps. best and any-camera differ from quick in width,
-steps, augmentation, optimizer and averaging; none of these was measured alone.
+The first three rows had four epochs. Muon (0.015) and many small crops (0.020) count; the rest is within the noise of
+one seed. Tried and left out: a network at half the resolution (twice the width, pixels moved into channels and back)
+costs as much for less: 0.788 with AdamW and 0.809 with Muon, at 800 steps.
+@BEST@
 
 Photographs of other cameras, by the quick recipe of before (commit 1679893: AdamW, 800 steps of crops of 256) with
 `--tta`, trained on 21-36 alone: DRIVE's 37-40, ARIA (48 of 768 x 576, no ROI masks) and HRF (45 of 3504 x 2336, without
