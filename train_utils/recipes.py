@@ -65,7 +65,7 @@ _TABLE: dict[str, tuple[Any, Any, Any, Any]] = {
     "batch_size":      (4,           4,            4,            4),
     "epochs":          (200,         2,           20,           20),
     "steps_per_epoch": (None,        250,         200,          200),
-    "optimizer":       ("sgd",       "muon",      "adamw",      "adamw"),
+    "optimizer":       ("sgd",       "muon",      "adamw",      "muon"),
     "lr":              (0.01,        16e-3,       4e-3,         4e-3),
     "weight_decay":    (1e-4,        1e-2,         1e-2,         1e-2),
     "schedule":        ("poly",      "one-cycle",  "one-cycle",  "one-cycle"),
