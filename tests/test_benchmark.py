@@ -35,6 +35,27 @@ def test_the_whole_benchmark(shared_drive, capsys):
     numbers_of(table)
 
 
+@pytest.mark.slow
+def test_the_forward_pass_in_several_ways(shared_drive, capsys):
+    pytest.importorskip("onnxruntime")
+    benchmark.main(benchmark.parse_args(["--forward", "--data-path", str(shared_drive), "--repeats", "1", *SMALL_RUN]))
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if " s |" in line]
+    assert len(rows) == 6
+    for name, seconds, difference in rows:
+        assert float(seconds.removesuffix(" s ")) > 0
+        assert float(difference) < (0.1 if "bfloat16" in name else 1e-4), name
+
+
+@pytest.mark.slow
+def test_the_time_to_the_tutorials_dice(shared_drive, working_directory, capsys):
+    flags = [*SMALL_RUN, "--crop-size", "48", "--epochs", "2", "--steps-per-epoch", "2"]
+    benchmark.main(benchmark.parse_args(["--time-to-dice", "2", "--data-path", str(shared_drive), *flags]))
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if " s |" in line]
+    assert [row[0].strip() for row in rows] == ["0", "1"]
+    for _, seconds, best, last in rows:
+        assert float(seconds.removesuffix(" s ")) > 0.5 and 0 <= float(last) <= float(best) <= 1
+
+
 def test_every_row_is_measured(flags):
     args, device = benchmark._settle(flags)
     project, naive = {}, {}
