@@ -21,7 +21,7 @@ from src.field_of_view import find_field_of_view
 from src.inference import for_inference
 from src.photograph import PhotographError, read_photograph
 from src.roi_mask import choose_field_of_view
-from src.segment import normalise, segment
+from src.segment import normalise, prepare_at_scale, segment
 from tests.pictures import disc
 from tests.test_checkpoint import save_as_the_tutorial
 from tests.test_photograph import make_broken
@@ -679,9 +679,9 @@ def test_names_that_the_terminal_cannot_show(tmp_path, weights, photographs, loc
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment | locale)
     assert b"Traceback" not in done.stderr and done.returncode == 1
     assert rb"\udcfe.png: not an image" in done.stderr
-    assert rb"photographs/\udcff.png: 80 x 72" in done.stdout
+    assert rb"] \udcff.png: vessels" in done.stdout
     ascii = "ascii" in locale.values()
-    assert (rb"photographs/\xe9.png: 80 x 72" if ascii else "photographs/\u00e9.png: 80 x 72".encode()) in done.stdout
+    assert (rb"] \xe9.png: vessels" if ascii else "] \u00e9.png: vessels".encode()) in done.stdout
     assert os.fsdecode(b"\xff_vessels.png") in files(tmp_path / "predictions")
 
 
@@ -771,11 +771,11 @@ def test_a_mask_of_a_part_of_the_retina_does_not_change_its_size(tmp_path, weigh
 def test_scale(tmp_path, weights, photographs, monkeypatch):
     scales = []
 
-    def remember(*args, scale, **options):
+    def remember(photograph, field_of_view, scale, prepare):
         scales.append(scale)
-        return segment(*args, scale=scale, **options)
+        return prepare_at_scale(photograph, field_of_view, scale, prepare)
 
-    monkeypatch.setattr(segmenter, "segment", remember)
+    monkeypatch.setattr(segmenter, "prepare_at_scale", remember)
     large = tmp_path / "large.png"
     photograph, _, _ = synthetic_photograph(320, 288, np.random.default_rng(0))
     Image.fromarray(photograph).save(large)

@@ -14,11 +14,12 @@ takes 19 minutes (torch 2.15), and the tutorial's settings 74 (calculated). On t
 takes 0.7 to 0.9 s (`--recipe best --epochs 1 --steps-per-epoch 20 --val-split 1`). Dice on the official test
 photographs, which the README quotes, was measured once, by its maintainers, with an earlier version: best with flips.
 
-quick is to reach the tutorial's Dice in the least time, and every seed did. `python tests/benchmark.py --data-path
-FOLDER --time-to-dice 10`, from the start of the process to the last weights: Dice 0.8092, 0.8053, 0.8088, 0.8057, 0.8061,
-0.8069, 0.8041, 0.8054, 0.8056, 0.8058 (one thread); with two threads on two quiet AVX2 cores (EPYC, torch 2.14) three
-seeds took 101, 91 and 96 s for 0.8073, 0.8051 and 0.8085. The recipe of before (commit 1679893: AdamW, 800 steps of
-crops of 256) had 0.806, 0.806 and 0.807; there a step took 0.57 s on the same cores, so about 460 s in all.
+quick is to reach the tutorial's Dice in the least time, and every seed did. By `python tests/benchmark.py --data-path
+FOLDER --time-to-dice 10`, from the start of the process to the last weights, ten seeds have a Dice of 0.8092, 0.8053,
+0.8088, 0.8057, 0.8061, 0.8069, 0.8041, 0.8054, 0.8056 and 0.8058 (one thread); with two threads on two quiet AVX2 cores
+(EPYC, torch 2.14) three seeds took 101, 91 and 96 s for 0.8073, 0.8051 and 0.8085. The recipe of before (commit
+1679893: AdamW, 800 steps of crops of 256) had 0.806, 0.806 and 0.807; there a step took 0.57 s on the same cores, so
+about 460 s in all.
 
 What quick is made of, one change at a time: `--data-path FOLDER --fold 1/4 --recipe quick --epochs 1` and the flags
 below, where FOLDER has 21-36 as `training` and nothing else (22, 27, 28 and 29 are held out); seconds of one AVX2 core:
