@@ -3,8 +3,8 @@
 By default they spin, and beside one other busy process each parallel region waits for a thread that does not run. Put
 to sleep at once they wake late. So they spin briefly: 1000 times in GNU's OpenMP, about 20 microseconds.
 
-Milliseconds for a training step of the quick recipe on two AVX2 cores, in crops of 128 (of 256) pixels, medians of 9
-steps; "busy" is beside a process of pure Python:
+Milliseconds for a training step of the quick recipe, measured by hand in a loop, in crops of 128 (of 256) pixels,
+medians of 9 steps on two AVX2 cores; "busy" is beside a process of pure Python:
 
     | threads | quiet | busy |
     |---|---|---|

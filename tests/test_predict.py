@@ -1124,3 +1124,24 @@ def test_training_stores_the_diameter(tmp_path, working_directory):
     train.main(train.parse_args([*flags, "--device", "cpu"]))
     _, checkpoint = load_model("save_weights/best_model.pth", CPU)
     assert checkpoint["fov_diameter"] == pytest.approx(90 * 540 / 565, abs=1.5)
+
+
+@pytest.mark.parametrize(("large", "at_once"), [(80 * 72 - 1, 1), (80 * 72, 2)])
+def test_a_large_photograph_is_worked_on_alone(tmp_path, weights, photographs, monkeypatch, large, at_once):
+    """Two of them side by side could need more memory than there is."""
+    active, most = [], []
+    segmented = predict.predict
+
+    def watched(*args):
+        active.append(None)
+        time.sleep(0.1)  # so that another one may begin
+        most.append(len(active))
+        try:
+            return segmented(*args)
+        finally:
+            active.pop()
+
+    monkeypatch.setattr(predict, "LARGE", large)
+    monkeypatch.setattr(predict, "predict", watched)
+    run("--weights", weights, "--image", photographs, "--output", tmp_path / "masks")
+    assert max(most) == at_once and len(most) == len(list(photographs.glob("*.png")))
