@@ -159,15 +159,20 @@ def _holds_disc(picture: np.ndarray) -> bool:
 
 def shrunk(photograph: np.ndarray, factor: int) -> np.ndarray:
     """A photograph, uint8 [H, W, 3], with the mean of `factor` x `factor` pixels in one; with 1 itself."""
-    return np.array(_reduced(photograph, factor)) if factor > 1 else photograph
-
-
-def _reduced(photograph: np.ndarray, shrink: int) -> Image.Image:
-    """The photograph with the mean of `shrink` x `shrink` pixels in one."""
+    if factor == 1:
+        return photograph
+    height, width = (math.ceil(side / factor) for side in photograph.shape[:2])
+    small = np.empty((height, width, 3), np.uint8)
     # In parts: Pillow copies what it is given, and fresh memory for a large photograph takes longer than the rest.
-    rows = 64 * shrink
-    parts = [Image.fromarray(photograph[top : top + rows]).reduce(shrink) for top in range(0, len(photograph), rows)]
-    return Image.fromarray(np.concatenate([np.asarray(part) for part in parts]))
+    rows = 64
+    for top in range(0, height, rows):
+        part = Image.fromarray(photograph[top * factor : (top + rows) * factor])
+        small[top : top + rows] = np.asarray(part.reduce(factor))
+    return small
+
+
+def _reduced(photograph: np.ndarray, factor: int) -> Image.Image:
+    return Image.fromarray(shrunk(photograph, factor))
 
 
 def _log(image: Image.Image) -> np.ndarray:
