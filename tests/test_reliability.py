@@ -214,7 +214,7 @@ def test_the_table_and_the_printed_line(tmp_path, capsys, flags):
         rows = list(csv.DictReader(file))
     output = capsys.readouterr().out
     warned = sum(row["warning"] != "" for row in rows)
-    last = f"2 of 2 photographs segmented, {warned} with a warning, 0 failed; the files are in {tmp_path / 'out'}\n"
+    last = f"3 of 3 photographs segmented, {warned} with a warning, 0 failed; the files are in {tmp_path / 'out'}\n"
     assert output.endswith(last)
     lines = [line for line in output.splitlines() if line.startswith("[")]
     for row, line in zip(rows, lines, strict=True):
