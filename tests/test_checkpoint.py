@@ -131,7 +131,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"nothing\.pth: no such file"):
         load_checkpoint(tmp_path / "nothing.pth")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is no file"):
         load_checkpoint(tmp_path)
 
 
