@@ -9,6 +9,7 @@ field of view first. It takes ten minutes for 17 photographs to fit and 48 to ch
 """
 
 import argparse
+import functools
 import io
 import zlib
 
@@ -30,7 +31,7 @@ from src.reliability import (
     sharpness,
     signals,
 )
-from src.segment import Votes, match_scale, segment, widening
+from src.segment import Votes, match_scale, prepare_at_scale, segment, widening
 from src.segmenter import classify
 from src.weights import load_model, normalization_of
 
@@ -93,9 +94,10 @@ def measure(photograph, truth, inside, model, checkpoint):
     """The true Dice, and all that the formula and the warnings use."""
     retina, votes = find_field_of_view(photograph), Votes()
     scale = match_scale(field_of_view_diameter(retina), checkpoint["fov_diameter"])
-    prepared = prepare(photograph, retina, normalization_of(checkpoint))
+    normalised = functools.partial(prepare, normalization=normalization_of(checkpoint))
+    prepared = prepare_at_scale(photograph, retina, scale, normalised)  # as predict.py does
     mean, std = checkpoint["mean"], checkpoint["std"]
-    probabilities = segment(model, prepared, mean, std, scale=scale, flips=True, votes=votes)
+    probabilities = segment(model, prepared, mean, std, size=photograph.shape[:2], flips=True, votes=votes)
     mask = classify(probabilities, 0.5, widening(scale, checkpoint.get("trained_scale"))) & retina
     share = mask.sum() / retina.sum()
     reliability = expected_dice(mask, retina, votes.count)

@@ -59,9 +59,23 @@ def test_interrupted_and_resumed(shared_drive, undisturbed, working_directory, w
     assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["epoch", *"012345"]
 
 
-def test_a_recipe_interrupted_and_resumed(shared_drive, tmp_path, monkeypatch):
-    """Muon with AdamW, one cycle, averaged weights and a number of steps an epoch come back as they were."""
-    flags = ["--recipe", "quick", "--lr", 0.003, "--epochs", 4, "--steps-per-epoch", 2, "-b", 2]
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
+def test_a_recipe_interrupted_and_resumed(shared_drive, tmp_path, monkeypatch, optimizer):
+    """Its optimizer, one cycle, averaged weights and a number of steps an epoch come back as they were."""
+    flags = [
+        "--recipe",
+        "quick",
+        "--optimizer",
+        optimizer,
+        "--lr",
+        0.003,
+        "--epochs",
+        4,
+        "--steps-per-epoch",
+        3,
+        "-b",
+        2,
+    ]
     for name in ("undisturbed", "interrupted"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
