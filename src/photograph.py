@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import DatasetError
+from .freed_memory import give_back_freed_memory
 
 # Pillow's name of each format that is read, with the endings of its files. Pillow knows more, and hands some of them
 # to other programs.
@@ -63,6 +64,9 @@ def read_photograph(path: str | Path) -> np.ndarray:
     for top in range(0, image.height, ROWS_AT_ONCE):
         bottom = min(top + ROWS_AT_ONCE, image.height)
         photograph[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    if image.width * image.height > LARGE:
+        del image  # as large as the photograph
+        give_back_freed_memory()
     return photograph
 
 

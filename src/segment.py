@@ -87,15 +87,6 @@ def widening(scale: float, trained_scale: float | None) -> float:
     return WIDENING * max(math.log(trained_scale / scale), 0.0)
 
 
-def rescale(photograph: np.ndarray, scale: float) -> np.ndarray:
-    """A photograph, uint8 [H, W, 3], resized by a factor: uint8 [scale * H, scale * W, 3].
-
-    Raises:
-        MemoryError: it would have more than LARGEST_RESIZED pixels.
-    """
-    return _resize(photograph, _resized(photograph.shape[:2], scale))
-
-
 def prepare_at_scale(
     photograph: np.ndarray,
     field_of_view: np.ndarray,
@@ -148,10 +139,21 @@ def resize_probabilities(probabilities: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(probabilities, tuple(size), mode="bilinear", antialias=True)
 
 
+def probabilities_of_size(probabilities: Tensor, size: Sequence[int]) -> Tensor:
+    """Probabilities [C, h, w] from `segment`, at each pixel of the photograph itself, whose size is (H, W).
+
+    Returns:
+        float64 [C, H, W]; float32 of more than LARGE pixels, to save memory.
+    """
+    if math.prod(size) > LARGE:
+        probabilities = probabilities.float()
+    return resize_probabilities(probabilities[None], size)[0]
+
+
 def logits_of_size(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Logits [N, C, h, w] of resized photographs for each pixel of the photographs themselves, [N, C, H, W].
 
-    The probabilities are resized, as `segment` does, and their logarithms returned.
+    The probabilities are resized, as those of `segment` are, and their logarithms returned.
     """
     if logits.shape[-2:] == tuple(size):
         return logits
@@ -196,35 +198,28 @@ def segment(
     mean: Sequence[float],
     std: Sequence[float],
     *,
-    scale: float = 1.0,
-    size: Sequence[int] | None = None,
     tile: int | None = None,
     flips: bool = False,
     batch_size: int = 1,
     amp_dtype: torch.dtype | None = None,
     votes: Votes | None = None,
 ) -> Tensor:
-    """The probabilities of all classes except the background, at each pixel of a photograph.
+    """The probabilities of all classes except the background, at each pixel of a photograph at the working scale.
 
     Args:
-        model: in eval mode; [N, 3, h, w] -> {"out": logits [N, C, h, w]}.
+        model: in eval mode; [N, 3, H, W] -> {"out": logits [N, C, H, W]}.
         photograph: RGB, uint8 [H, W, 3].
         mean, std: the normalisation of the model's training photographs.
-        scale: resize the photograph by this factor, and the probabilities back.
-        size: (H, W) of the probabilities; None: that of the photograph.
-        tile: side in pixels (after scaling) of overlapping tiles; None: use tiles only where memory requires it.
+        tile: side in pixels of overlapping tiles; None: use tiles only where memory requires it.
         flips: average over the four flips of the picture, which takes four times as long.
         batch_size: number of tiles or flips in one forward pass.
         amp_dtype: the lower precision of automatic mixed precision; None: float32 throughout.
         votes: where to count the flips that see a vessel; None: nowhere.
 
     Returns:
-        float64 [C - 1, H, W] on the CPU, float32 of more than LARGE pixels; for two classes, the vessels alone.
+        float64 [C - 1, H, W] on the CPU; for two classes, the vessels alone.
     """
     assert not model.training, "call model.eval() first"
-    height, width = size or photograph.shape[:2]
-    if scale != 1:
-        photograph = rescale(photograph, scale)
     turns = FLIPS if flips else FLIPS[:1]
     if tile is None:
         tile = _tile_for_memory(model, *photograph.shape[:2], len(turns), batch_size)
@@ -233,10 +228,7 @@ def segment(
         return normalise(photograph[rows, columns], mean, std)
 
     with _NETWORK:
-        probabilities = _blend(model, crop, photograph.shape[:2], tile, turns, batch_size, amp_dtype, votes)
-    if height * width > LARGE:
-        probabilities = probabilities.float()
-    return resize_probabilities(probabilities[None], (height, width))[0]
+        return _blend(model, crop, photograph.shape[:2], tile, turns, batch_size, amp_dtype, votes)
 
 
 def _tile_for_memory(model: nn.Module, height: int, width: int, flips: int, batch_size: int) -> int:

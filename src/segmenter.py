@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from .colours import prepare
 from .field_of_view import field_of_view_diameter, find_field_of_view
+from .freed_memory import give_back_freed_memory
 from .inference import for_inference
-from .photograph import read_photograph, to_rgb
+from .photograph import LARGE, read_photograph, to_rgb
 from .reliability import expected_dice
-from .segment import Votes, match_scale, prepare_at_scale, segment, widening
+from .segment import Votes, match_scale, prepare_at_scale, probabilities_of_size, segment, widening
 from .weights import Checkpoint, load_model, normalization_of
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "unet_fundus.pth"
@@ -29,9 +30,14 @@ class Segmentation:
     field_of_view: np.ndarray  # bool [H, W]
     diameter: float  # of the field of view, pixels
     scale: float  # that the photograph was resized by for the model
-    probabilities: Tensor  # float64 (above LARGE float32) [C - 1, H, W], of all classes except the background
+    working_probabilities: Tensor  # float64 [C - 1, h, w] at that scale, of all classes except the background
     labels: np.ndarray  # uint8 [H, W]; 0 is the background and everything outside the field of view
     reliability: float | None  # the Dice that is expected, 0 to 1; None without flips, or of more than two classes
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Those of all classes except the background, float64 (of more than LARGE pixels float32) [C - 1, H, W]."""
+        return probabilities_of_size(self.working_probabilities, self.labels.shape)
 
     @property
     def vessels(self) -> np.ndarray:
@@ -101,12 +107,11 @@ class Segmenter:
         flips = self.checkpoint.get("tta", False) if flips is None else flips
         votes = Votes() if flips and self.checkpoint["model_args"]["num_classes"] == 2 else None
         normalised = functools.partial(prepare, normalization=normalization_of(self.checkpoint))
-        probabilities = segment(
+        working_probabilities = segment(
             self.model,
             prepare_at_scale(image, retina, scale, normalised),
             self.checkpoint["mean"],
             self.checkpoint["std"],
-            size=image.shape[:2],
             tile=tile,
             flips=flips,
             batch_size=batch_size,
@@ -114,10 +119,12 @@ class Segmenter:
             votes=votes,
         )
         shift = widening(scale, self.checkpoint.get("trained_scale"))
-        labels = classify(probabilities, threshold, shift).astype(np.uint8)
+        if image[..., 0].size > LARGE:
+            give_back_freed_memory()  # of the network
+        labels = classify(probabilities_of_size(working_probabilities, image.shape[:2]), threshold, shift)
         labels[~field_of_view] = 0
         reliability = expected_dice(labels > 0, field_of_view, votes.count) if votes else None
-        return Segmentation(image, field_of_view, diameter, scale, probabilities, labels, reliability)
+        return Segmentation(image, field_of_view, diameter, scale, working_probabilities, labels, reliability)
 
 
 def load_pretrained(weights: str | Path = PRETRAINED, device: str | torch.device = "cpu") -> Segmenter:
@@ -130,16 +137,16 @@ def load_pretrained(weights: str | Path = PRETRAINED, device: str | torch.device
 
 
 def classify(probabilities: Tensor, threshold: float, shift: float = 0.0) -> np.ndarray:
-    """The class of each pixel, [H, W]: by the threshold for two classes, else the most probable one.
+    """The class of each pixel, uint8 [H, W]: by the threshold for two classes, else the most probable one.
 
     `shift` is added to the log-odds of the threshold.
     """
     if len(probabilities) == 1:
         if shift:
             threshold = 1 / (1 + (1 - threshold) / threshold * math.exp(-shift))
-        return (probabilities[0] > threshold).numpy()
+        return (probabilities[0] > threshold).view(torch.uint8).numpy()
     background = 1 - probabilities.sum(dim=0, keepdim=True)
-    return torch.cat([background, probabilities]).argmax(dim=0).numpy()
+    return torch.cat([background, probabilities]).argmax(dim=0).to(torch.uint8).numpy()
 
 
 def _as_array(photograph: str | Path | Image.Image | np.ndarray) -> np.ndarray:

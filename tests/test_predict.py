@@ -892,9 +892,10 @@ def test_the_displayed_size_of_a_turned_photograph(tmp_path, weights, photograph
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def huge_photograph(path):
-    photograph = Image.new("RGB", (7800, 5200))
-    ImageDraw.Draw(photograph).ellipse((1400, 100, 6399, 5099), fill=(180, 90, 40))
+def huge_photograph(path, height=5200):
+    photograph = Image.new("RGB", (height * 3 // 2, height))
+    disc = (height // 4, 100, height // 4 + height - 201, height - 101)
+    ImageDraw.Draw(photograph).ellipse(disc, fill=(180, 90, 40))
     photograph.save(path, compress_level=1)
     return path
 
@@ -915,6 +916,19 @@ def test_forty_megapixels_by_tile(tmp_path, weights):
     subprocess.run([*command, "--image", huge, "--output", tmp_path / "out"], check=True)
     assert Image.open(tmp_path / "out" / "huge_vessels.png").size == (7800, 5200)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20  # KiB
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts KiB, and memory is given back by glibc")
+def test_memory_of_a_hundred_megapixels(tmp_path):
+    """At most 1.5 GB above the decoded photograph."""
+    huge = huge_photograph(tmp_path / "huge.png", height=8400)
+    command = [sys.executable, PROJECT / "predict.py", "--weights", PRETRAINED, "--device", "cpu", "--image", huge]
+    process = subprocess.Popen([*command, "--output", tmp_path / "out.png"])
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = status
+    assert status == 0
+    assert used.ru_maxrss * 1024 < 1.5e9 + 3 * 8400 * 12600
 
 
 # ---- what cannot work

@@ -17,7 +17,7 @@ import predict
 from src.errors import DatasetError
 from tests.test_predict import fails, files, make_model, run, save, table
 from train_utils.files import OutputError
-from train_utils.prediction_report import THUMBNAILS, thumbnail_paths, write_report, write_thumbnails
+from train_utils.prediction_report import THUMBNAILS, thumbnail_paths, write_report, write_thumbnail
 from train_utils.prediction_table import FACTS
 from train_utils.synthetic_drive import synthetic_photograph
 
@@ -244,9 +244,8 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (481, 480)])
 def test_thumbnails_of_any_size(tmp_path, size):
     (tmp_path / THUMBNAILS).mkdir()
-    picture = np.full((size[1], size[0], 3), 90, np.uint8)
-    write_thumbnails(tmp_path / "a_vessels.png", picture, picture)
     for path in thumbnail_paths(tmp_path / "a_vessels.png"):
+        write_thumbnail(path, Image.new("RGB", size, (90, 90, 90)))
         width, height = Image.open(path).size
         assert (width, height) == (1, 1) if size == (1, 1) else max(width, height) == 480
 
@@ -303,8 +302,8 @@ def test_sort_and_switch_in_a_browser(tmp_path):
     page = write(tmp_path, names, {"z": "z: broken"}, width=[90, 1000, 200, 90, 1000])
     (tmp_path / THUMBNAILS).mkdir()
     for number, name in enumerate(names, start=1):
-        picture = np.full((20, number, 3), 90, np.uint8)
-        write_thumbnails(tmp_path / f"{name}.png", picture, picture)
+        for path in thumbnail_paths(tmp_path / f"{name}.png"):
+            write_thumbnail(path, Image.new("RGB", (number, 20), (90, 90, 90)))
     steps = in_browser(page, OPERATE)
 
     odd = NOT_UTF8.encode(errors="backslashreplace").decode()

@@ -17,7 +17,7 @@ from src.segment import (
     match_scale,
     normalise,
     prepare_at_scale,
-    rescale,
+    probabilities_of_size,
     segment,
     widening,
 )
@@ -59,6 +59,11 @@ def smooth(height, width):
 
 def run(model, photograph, **options):
     return segment(model, photograph, DRIVE_MEAN, DRIVE_STD, **options)
+
+
+def run_at_scale(model, photograph, scale, **options):
+    small = prepare_at_scale(photograph, np.ones(photograph.shape[:2], bool), scale, None)
+    return probabilities_of_size(run(model, small, **options), photograph.shape[:2])
 
 
 def test_normalise_is_the_evaluation_preset():
@@ -103,7 +108,7 @@ def test_more_classes():
 def test_small_pictures(unet, size):
     probabilities = run(unet, noise(*size))
     assert probabilities.shape == (1, *size) and probabilities.isfinite().all()
-    assert run(unet, noise(*size), scale=0.3, flips=True, tile=64).shape == (1, *size)
+    assert run_at_scale(unet, noise(*size), 0.3, flips=True, tile=64).shape == (1, *size)
 
 
 def test_only_in_eval_mode(unet):
@@ -126,7 +131,7 @@ def test_match_scale():
 @pytest.mark.parametrize("scale", [0.5, 0.37, 2.0])
 def test_scale(scale):
     model, photograph = Pixelwise(), smooth(120, 150)
-    probabilities = run(model, photograph, scale=scale)
+    probabilities = run_at_scale(model, photograph, scale)
     assert probabilities.shape == (1, 120, 150)
     assert model.shapes == [(1, 3, round(120 * scale), round(150 * scale))]
     torch.testing.assert_close(probabilities, run(model, photograph), atol=0.06, rtol=0)  # back in its place
@@ -137,7 +142,7 @@ def test_scale_resizes_the_photograph_as_training_does_and_the_probabilities_bac
     small = F.resize(Image.fromarray(photograph), [32, 48], F.InterpolationMode.BILINEAR)
     logits = unet(normalise(np.array(small), DRIVE_MEAN, DRIVE_STD)[None])["out"].detach()
     expected = nn.functional.interpolate(logits.softmax(1)[:, 1:], (64, 96), mode="bilinear")[0]
-    torch.testing.assert_close(run(unet, photograph, scale=0.5), expected.double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(run_at_scale(unet, photograph, 0.5), expected.double(), atol=1e-6, rtol=0)
 
 
 # ---- tiles, flips, batches
@@ -311,10 +316,10 @@ def test_a_photograph_is_prepared_at_the_working_scale(scale):
     photograph = np.stack([wave, wave * 0.7, wave * 0.4], axis=-1).astype(np.uint8)
     inside = (rows - 300) ** 2 + (columns - 249) ** 2 < 240**2
     normalization = Normalization("local", DRIVE_MEAN, DRIVE_STD)
-    expected = rescale(prepare(photograph, inside, normalization), scale)
+    expected = prepare_at_scale(prepare(photograph, inside, normalization), inside, scale, None)
     found = prepare_at_scale(photograph, inside, scale, lambda *both: prepare(*both, normalization))
     assert found.shape == expected.shape
-    inner = rescale(np.repeat(inside[..., None] * np.uint8(255), 3, axis=2), scale) == 255
+    inner = prepare_at_scale(np.repeat(inside[..., None] * np.uint8(255), 3, axis=2), inside, scale, None) == 255
     difference = np.abs(found.astype(int) - expected)[inner]
     if scale > 0.25:
         assert difference.max() == 0

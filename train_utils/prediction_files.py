@@ -5,7 +5,7 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +13,20 @@ import numpy as np
 from PIL import Image
 
 from src import Segmentation
-from src.photograph import IMAGE_SUFFIXES, PhotographError, images_in, list_photographs, load_image
+from src.freed_memory import give_back_freed_memory
+from src.photograph import (
+    IMAGE_SUFFIXES,
+    LARGE,
+    ROWS_AT_ONCE,
+    PhotographError,
+    images_in,
+    list_photographs,
+    load_image,
+)
 
 from .command_line import UsageError
 from .files import remove, replace_whole, require_no_input
-from .prediction_report import REPORT, THUMBNAILS, thumbnail_paths, write_thumbnails
+from .prediction_report import REPORT, THUMBNAILS, thumbnail_paths, write_thumbnail
 from .prediction_table import TABLE
 
 RESULT, FOLDER = "test_result.png", "predictions"  # the defaults of --output, for one photograph and for several
@@ -178,32 +187,61 @@ def remove_other_pictures(mask: Path, args: argparse.Namespace) -> None:
 
 
 def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace) -> None:
-    """Write the mask, and with --save-prob, --overlay and --report the other pictures beside it.
+    """Write the mask, and before it, with --save-prob, --overlay and --report, the other pictures beside it.
+
+    One after another, and each in parts, since every copy of a large photograph counts.
 
     Raises:
         OutputError: they cannot be written.
     """
-    two_classes = len(prediction.probabilities) == 1
-    pictures = {mask: prediction.labels * np.uint8(255) if two_classes else prediction.labels}
-    if args.save_prob:
-        vessels = prediction.probabilities.sum(dim=0).numpy() * prediction.field_of_view
-        pictures[beside(mask, "probability")] = np.rint(vessels.clip(0, 1) * 65535).astype(np.uint16)
-    overlay = draw_overlay(prediction) if args.overlay or args.report else None
-    if args.overlay:
-        pictures[beside(mask, "overlay")] = overlay
     if args.report:
-        write_thumbnails(mask, prediction.photograph, overlay)
-    for path, picture in pictures.items():
-        with replace_whole(path) as file:
-            Image.fromarray(picture).save(file, format="PNG", compress_level=COMPRESSION)
+        photograph_thumbnail, overlay_thumbnail = thumbnail_paths(mask)
+        write_thumbnail(photograph_thumbnail, Image.fromarray(prediction.photograph))
+    if args.overlay or args.report:
+        overlay = draw_overlay(prediction)
+        if args.overlay:
+            _write_png(beside(mask, "overlay"), overlay)
+        if args.report:
+            write_thumbnail(overlay_thumbnail, overlay)
+        del overlay
+    if prediction.labels.size > LARGE:
+        give_back_freed_memory()
+    if args.save_prob:
+        _write_png(beside(mask, "probability"), draw_probability(prediction))
+    two_classes = len(prediction.working_probabilities) == 1
+    _write_png(mask, Image.fromarray(prediction.labels * np.uint8(255) if two_classes else prediction.labels))
 
 
-def draw_overlay(prediction: Prediction) -> np.ndarray:
-    """The photograph with the vessels drawn in, one colour per class: uint8 [H, W, 3]."""
-    overlay, vessels = prediction.photograph.copy(), prediction.vessels
-    colours = COLOURS[(prediction.labels[vessels] - 1) % len(COLOURS)]  # [pixels, 3]; the other pixels stay
-    overlay[vessels] = (1 - OPACITY) * overlay[vessels] + OPACITY * colours
+def _write_png(path: Path, picture: Image.Image) -> None:
+    with replace_whole(path) as file:
+        picture.save(file, format="PNG", compress_level=COMPRESSION)
+
+
+def draw_overlay(prediction: Prediction) -> Image.Image:
+    """The photograph with the vessels drawn in, one colour per class: RGB."""
+    height, width = prediction.labels.shape
+    overlay = Image.new("RGB", (width, height))
+    for rows in _parts(height):
+        part, labels = prediction.photograph[rows].copy(), prediction.labels[rows]
+        vessels = labels > 0
+        colours = COLOURS[(labels[vessels] - 1) % len(COLOURS)]  # [pixels, 3]; the other pixels stay
+        part[vessels] = (1 - OPACITY) * part[vessels] + OPACITY * colours
+        overlay.paste(Image.fromarray(part), (0, rows.start))
     return overlay
+
+
+def draw_probability(prediction: Prediction) -> Image.Image:
+    """The probability of a vessel of any class, times 65535: grey of 16 bits; outside the field of view 0."""
+    probabilities = prediction.probabilities
+    levels = np.empty(prediction.labels.shape, np.uint16)
+    for rows in _parts(len(levels)):
+        vessels = probabilities[:, rows].sum(dim=0).numpy() * prediction.field_of_view[rows]
+        levels[rows] = np.rint(vessels.clip(0, 1) * 65535)
+    return Image.fromarray(levels)
+
+
+def _parts(height: int) -> Iterator[slice]:
+    return (slice(top, min(top + ROWS_AT_ONCE, height)) for top in range(0, height, ROWS_AT_ONCE))
 
 
 def facts(prediction: Prediction, seconds: float) -> dict[str, str]:

@@ -12,7 +12,6 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 from PIL import Image
 
 from .files import replace_whole
@@ -28,17 +27,15 @@ def thumbnail_paths(mask: Path) -> tuple[Path, Path]:
     return folder / f"{name}_plain.jpg", folder / f"{name}_overlay.jpg"
 
 
-def write_thumbnails(mask: Path, photograph: np.ndarray, overlay: np.ndarray) -> None:
-    """Write the thumbnails of two pictures, uint8 [H, W, 3].
+def write_thumbnail(path: Path, picture: Image.Image) -> None:
+    """Shrink a picture, RGB, in place, and write it.
 
     Raises:
-        OutputError: they cannot be written.
+        OutputError: it cannot be written.
     """
-    for path, picture in zip(thumbnail_paths(mask), (photograph, overlay), strict=True):
-        image = Image.fromarray(picture)
-        image.thumbnail((LONGER_SIDE, LONGER_SIDE))
-        with replace_whole(path) as file:
-            image.save(file, format="JPEG", quality=80)
+    picture.thumbnail((LONGER_SIDE, LONGER_SIDE))
+    with replace_whole(path) as file:
+        picture.save(file, format="JPEG", quality=80)
 
 
 def write_report(
