@@ -22,6 +22,7 @@ from src.inference import for_inference
 from src.photograph import PhotographError, read_photograph
 from src.roi_mask import choose_field_of_view
 from src.segment import normalise, prepare_at_scale, segment
+from src.segmenter import PRETRAINED
 from tests.pictures import disc
 from tests.test_checkpoint import save_as_the_tutorial
 from tests.test_photograph import make_broken
