@@ -21,6 +21,16 @@ def test_singular_values_are_brought_to_about_one(shape):
     assert torch.allclose(turned, turned.diagonal().diag(), atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(8, 27), (64, 16)])
+def test_the_products_with_the_transpose_give_the_iteration_itself(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) * torch.logspace(0, -3, shape[1])
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+    torch.testing.assert_close(orthogonalise(matrix), x.float(), atol=1e-4, rtol=0)
+
+
 def test_a_gradient_of_zero_is_no_step():
     assert torch.equal(orthogonalise(torch.zeros(4, 9)), torch.zeros(4, 9))
 
