@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .colours import ChannelNormalization, to_float
 from .field_of_view import shrunk
-from .photograph import LARGE
+from .photograph import LARGE, ROWS_AT_ONCE
 
 SMALLEST_INPUT = 16  # pixels; the least side of the U-Net's input
 GRID = 32  # pixels; in tiles that begin at multiples of this, poolings group the same pixels as in the whole picture
@@ -139,15 +139,25 @@ def resize_probabilities(probabilities: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(probabilities, tuple(size), mode="bilinear", antialias=True)
 
 
-def probabilities_of_size(probabilities: Tensor, size: Sequence[int]) -> Tensor:
+def probabilities_in_parts(probabilities: Tensor, size: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
     """Probabilities [C, h, w] from `segment`, at each pixel of the photograph itself, whose size is (H, W).
 
-    Returns:
-        float64 [C, H, W]; float32 of more than LARGE pixels, to save memory.
+    Those of a photograph of more than LARGE pixels come in parts, because all together they take gigabytes; unless it
+    was enlarged for the model.
+
+    Yields:
+        rows of the photograph, and their probabilities, float64 [C, rows, W].
     """
-    if math.prod(size) > LARGE:
-        probabilities = probabilities.float()
-    return resize_probabilities(probabilities[None], size)[0]
+    (h, _), (height, width) = probabilities.shape[-2:], size
+    if height * width <= LARGE or h > height:
+        yield slice(0, height), resize_probabilities(probabilities[None], size)[0]
+        return
+    for top in range(0, height, ROWS_AT_ONCE):
+        rows = slice(top, min(top + ROWS_AT_ONCE, height))
+        y = ((torch.arange(rows.start, rows.stop).double() + 0.5) * (h / height) - 0.5).clamp(0, h - 1)
+        above, below = y.floor().long(), y.ceil().long()
+        part = torch.lerp(probabilities[:, above], probabilities[:, below], (y - above)[:, None])  # [C, rows, w]
+        yield rows, resize_probabilities(part[None], (len(y), width))[0]
 
 
 def logits_of_size(logits: Tensor, size: Sequence[int]) -> Tensor:

@@ -12,11 +12,18 @@ from torch import Tensor, nn
 
 from .colours import prepare
 from .field_of_view import field_of_view_diameter, find_field_of_view
-from .freed_memory import give_back_freed_memory
 from .inference import for_inference
-from .photograph import LARGE, read_photograph, to_rgb
+from .photograph import read_photograph, to_rgb
 from .reliability import expected_dice
-from .segment import Votes, match_scale, prepare_at_scale, probabilities_of_size, segment, widening
+from .segment import (
+    Votes,
+    match_scale,
+    prepare_at_scale,
+    probabilities_in_parts,
+    resize_probabilities,
+    segment,
+    widening,
+)
 from .weights import Checkpoint, load_model, normalization_of
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "unet_fundus.pth"
@@ -36,8 +43,8 @@ class Segmentation:
 
     @property
     def probabilities(self) -> Tensor:
-        """Those of all classes except the background, float64 (of more than LARGE pixels float32) [C - 1, H, W]."""
-        return probabilities_of_size(self.working_probabilities, self.labels.shape)
+        """Those of all classes except the background, float64 [C - 1, H, W]."""
+        return resize_probabilities(self.working_probabilities[None], self.labels.shape)[0]
 
     @property
     def vessels(self) -> np.ndarray:
@@ -119,9 +126,9 @@ class Segmenter:
             votes=votes,
         )
         shift = widening(scale, self.checkpoint.get("trained_scale"))
-        if image[..., 0].size > LARGE:
-            give_back_freed_memory()  # of the network
-        labels = classify(probabilities_of_size(working_probabilities, image.shape[:2]), threshold, shift)
+        labels = np.empty(image.shape[:2], np.uint8)
+        for rows, probabilities in probabilities_in_parts(working_probabilities, labels.shape):
+            labels[rows] = classify(probabilities, threshold, shift)
         labels[~field_of_view] = 0
         reliability = expected_dice(labels > 0, field_of_view, votes.count) if votes else None
         return Segmentation(image, field_of_view, diameter, scale, working_probabilities, labels, reliability)
@@ -144,7 +151,7 @@ def classify(probabilities: Tensor, threshold: float, shift: float = 0.0) -> np.
     if len(probabilities) == 1:
         if shift:
             threshold = 1 / (1 + (1 - threshold) / threshold * math.exp(-shift))
-        return (probabilities[0] > threshold).view(torch.uint8).numpy()
+        return (probabilities[0] > threshold).to(torch.uint8).numpy()
     background = 1 - probabilities.sum(dim=0, keepdim=True)
     return torch.cat([background, probabilities]).argmax(dim=0).to(torch.uint8).numpy()
 

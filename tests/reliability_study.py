@@ -31,7 +31,7 @@ from src.reliability import (
     sharpness,
     signals,
 )
-from src.segment import Votes, match_scale, prepare_at_scale, probabilities_of_size, segment, widening
+from src.segment import Votes, match_scale, prepare_at_scale, resize_probabilities, segment, widening
 from src.segmenter import classify
 from src.weights import load_model, normalization_of
 
@@ -98,7 +98,7 @@ def measure(photograph, truth, inside, model, checkpoint):
     prepared = prepare_at_scale(photograph, retina, scale, normalised)  # as predict.py does
     mean, std = checkpoint["mean"], checkpoint["std"]
     probabilities = segment(model, prepared, mean, std, flips=True, votes=votes)
-    probabilities = probabilities_of_size(probabilities, photograph.shape[:2])
+    probabilities = resize_probabilities(probabilities[None], photograph.shape[:2])[0]
     mask = (classify(probabilities, 0.5, widening(scale, checkpoint.get("trained_scale"))) > 0) & retina
     share = mask.sum() / retina.sum()
     reliability = expected_dice(mask, retina, votes.count)

@@ -925,7 +925,7 @@ def test_memory_of_a_hundred_megapixels(tmp_path):
     """At most 1.5 GB above the decoded photograph."""
     huge = huge_photograph(tmp_path / "huge.png", height=8400)
     command = [sys.executable, PROJECT / "predict.py", "--weights", PRETRAINED, "--device", "cpu", "--image", huge]
-    process = subprocess.Popen([*command, "--output", tmp_path / "out.png"])
+    process = subprocess.Popen([*command, "--output", tmp_path / "out.png", "--overlay", "--save-prob"])
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = status
     assert status == 0

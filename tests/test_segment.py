@@ -17,7 +17,8 @@ from src.segment import (
     match_scale,
     normalise,
     prepare_at_scale,
-    probabilities_of_size,
+    probabilities_in_parts,
+    resize_probabilities,
     segment,
     widening,
 )
@@ -63,7 +64,7 @@ def run(model, photograph, **options):
 
 def run_at_scale(model, photograph, scale, **options):
     small = prepare_at_scale(photograph, np.ones(photograph.shape[:2], bool), scale, None)
-    return probabilities_of_size(run(model, small, **options), photograph.shape[:2])
+    return resize_probabilities(run(model, small, **options)[None], photograph.shape[:2])[0]
 
 
 def test_normalise_is_the_evaluation_preset():
@@ -143,6 +144,22 @@ def test_scale_resizes_the_photograph_as_training_does_and_the_probabilities_bac
     logits = unet(normalise(np.array(small), DRIVE_MEAN, DRIVE_STD)[None])["out"].detach()
     expected = nn.functional.interpolate(logits.softmax(1)[:, 1:], (64, 96), mode="bilinear")[0]
     torch.testing.assert_close(run_at_scale(unet, photograph, 0.5), expected.double(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(600, 70), (256, 64), (31, 50), (513, 40)])
+def test_large_photographs_get_their_probabilities_in_parts(monkeypatch, size):
+    small = torch.rand(2, 31, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = resize_probabilities(small[None], size)[0]
+    ((rows, part),) = probabilities_in_parts(small, size)
+    assert rows == slice(0, size[0]) and torch.equal(part, whole)
+    monkeypatch.setattr(segment_module, "LARGE", size[0] * size[1] - 1)
+    parts = dict(enumerate(probabilities_in_parts(small, size)))
+    assert len(parts) == math.ceil(size[0] / 256)
+    for rows, part in parts.values():
+        torch.testing.assert_close(part, whole[:, rows], atol=1e-12, rtol=0)
+    assert sum(len(part[0]) for _, part in parts.values()) == size[0]
+    ((_, enlarged),) = probabilities_in_parts(small, (30, size[1]))  # the model saw more pixels than there are
+    assert torch.equal(enlarged, resize_probabilities(small[None], (30, size[1]))[0])
 
 
 # ---- tiles, flips, batches

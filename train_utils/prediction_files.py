@@ -5,7 +5,7 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from src.photograph import (
     list_photographs,
     load_image,
 )
+from src.segment import probabilities_in_parts
 
 from .command_line import UsageError
 from .files import remove, replace_whole, require_no_input
@@ -221,27 +222,23 @@ def draw_overlay(prediction: Prediction) -> Image.Image:
     """The photograph with the vessels drawn in, one colour per class: RGB."""
     height, width = prediction.labels.shape
     overlay = Image.new("RGB", (width, height))
-    for rows in _parts(height):
+    for top in range(0, height, ROWS_AT_ONCE):
+        rows = slice(top, top + ROWS_AT_ONCE)
         part, labels = prediction.photograph[rows].copy(), prediction.labels[rows]
         vessels = labels > 0
         colours = COLOURS[(labels[vessels] - 1) % len(COLOURS)]  # [pixels, 3]; the other pixels stay
         part[vessels] = (1 - OPACITY) * part[vessels] + OPACITY * colours
-        overlay.paste(Image.fromarray(part), (0, rows.start))
+        overlay.paste(Image.fromarray(part), (0, top))
     return overlay
 
 
 def draw_probability(prediction: Prediction) -> Image.Image:
     """The probability of a vessel of any class, times 65535: grey of 16 bits; outside the field of view 0."""
-    probabilities = prediction.probabilities
     levels = np.empty(prediction.labels.shape, np.uint16)
-    for rows in _parts(len(levels)):
-        vessels = probabilities[:, rows].sum(dim=0).numpy() * prediction.field_of_view[rows]
+    for rows, probabilities in probabilities_in_parts(prediction.working_probabilities, levels.shape):
+        vessels = probabilities.sum(dim=0).numpy() * prediction.field_of_view[rows]
         levels[rows] = np.rint(vessels.clip(0, 1) * 65535)
     return Image.fromarray(levels)
-
-
-def _parts(height: int) -> Iterator[slice]:
-    return (slice(top, min(top + ROWS_AT_ONCE, height)) for top in range(0, height, ROWS_AT_ONCE))
 
 
 def facts(prediction: Prediction, seconds: float) -> dict[str, str]:
