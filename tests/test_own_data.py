@@ -561,7 +561,7 @@ def test_empty_and_inverted_labels_are_said(shared_drive, working_directory, cap
             path = sorted(Path(name, "labels").iterdir())[number]
             Image.fromarray(change(np.array(Image.open(path)))).save(path)
     run("--data-path", "odd", "good", "one", "--epochs", 1, "--val-split", 1)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: of")]
     half = "have vessels in more than half of the field of view, as if black and white were exchanged"
     assert lines == [
         f"warning: of the 6 labels of odd, 1 have no vessels, and 2 {half} (odd/labels/23_eye_vessels.bmp, ...)",

@@ -203,7 +203,7 @@ def test_a_dice_of_nothing_is_said(dice, shared_drive, working_directory, monkey
     run(shared_drive, "--epochs", "1")
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("warning: a Dice of 0: the model finds no vessels. See that the labels") == (dice == 0)
-    assert ("try another --lr than 0.05, or more than 1 epochs" in last) == (dice == 0)
+    assert ("try another --lr than 0.05 or more --epochs than 1" in last) == (dice == 0)
 
 
 def test_best_weights_in_the_folder_of_an_earlier_run(shared_drive, working_directory, monkeypatch, capsys):

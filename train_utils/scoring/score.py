@@ -135,7 +135,7 @@ def conclude_training(device: torch.device, args: argparse.Namespace, best_dice:
         if round(best_dice, 3) == 0:
             print(
                 "warning: a Dice of 0: the model finds no vessels. See that the labels are white where a vessel is "
-                f"(not empty, not inverted), then try another --lr than {args.lr:g}, or more than {args.epochs} epochs"
+                f"(not empty, not inverted), then try another --lr than {args.lr:g} or more --epochs than {args.epochs}"
             )
 
 
