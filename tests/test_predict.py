@@ -1086,6 +1086,7 @@ def test_too_little_memory_is_a_failure_of_the_photograph(
         patch.setattr(place, full)
         line = fails(capsys, *flags, photographs / "01.png")
         assert f": error: {photographs / '01.png'}: out of memory{message}" in line
+        assert not list((tmp_path / "out").glob("*.png"))  # a mask is there only with all that was asked for
     turns = iter([full, segment, segment, segment])
     monkeypatch.setattr(segmenter, "segment", lambda *args, **options: next(turns)(*args, **options))
     with pytest.raises(PhotographError, match="1 of 4 photographs failed"):

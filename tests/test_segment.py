@@ -153,11 +153,11 @@ def test_large_photographs_get_their_probabilities_in_parts(monkeypatch, size):
     ((rows, part),) = probabilities_in_parts(small, size)
     assert rows == slice(0, size[0]) and torch.equal(part, whole)
     monkeypatch.setattr(segment_module, "LARGE", size[0] * size[1] - 1)
-    parts = dict(enumerate(probabilities_in_parts(small, size)))
+    parts = list(probabilities_in_parts(small, size))
     assert len(parts) == math.ceil(size[0] / 256)
-    for rows, part in parts.values():
+    for rows, part in parts:
         torch.testing.assert_close(part, whole[:, rows], atol=1e-12, rtol=0)
-    assert sum(len(part[0]) for _, part in parts.values()) == size[0]
+    assert sum(part.shape[1] for _, part in parts) == size[0]
     ((_, enlarged),) = probabilities_in_parts(small, (30, size[1]))  # the model saw more pixels than there are
     assert torch.equal(enlarged, resize_probabilities(small[None], (30, size[1]))[0])
 
