@@ -29,6 +29,10 @@ from src.segment import match_scale, prepare_at_scale
 BACKGROUND, VESSEL, OUTSIDE = 0, 1, 255  # the values of a label; OUTSIDE the field of view nothing is learned or scored
 
 
+# A photograph, its label, and their size in multiples of the size at the working diameter.
+Detail = tuple[float, np.ndarray | tv_tensors.Image, np.ndarray | tv_tensors.Mask]
+
+
 class DriveDataset(Dataset):
     """Photographs with their first observer's labels: DRIVE's, or those of any data set that `src.dataset_files` reads.
 
@@ -42,6 +46,9 @@ class DriveDataset(Dataset):
             gives these, or the test photographs where there are none.
         num_classes: classes of the labels, without the background.
         fov_diameter: pixels across the field of view that each photograph is brought to; None: none is resized.
+        zoom: multiple of that size that the photographs are kept in.
+        detail: multiple of that size that each photograph is kept in besides, for `transforms.of_two_sizes`; none is
+            enlarged for it. None: there is one size.
         prepare: makes of a photograph, uint8 [H, W, 3], and its field of view, bool [H, W], what is to be kept of it.
 
     Items:
@@ -84,6 +91,8 @@ class DriveDataset(Dataset):
         resize_labels: bool,
         num_classes: int = 1,
         fov_diameter: float | None = None,
+        zoom: float = 1.0,
+        detail: float | None = None,
         prepare: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self.files = list(files)
@@ -91,7 +100,8 @@ class DriveDataset(Dataset):
         self.on_device: list[tuple[tv_tensors.Image, tv_tensors.Mask]] = []  # in place of PIL images, see `to`
         self.images: list[np.ndarray] = []  # uint8 [h, w, 3] each
         self.labels: list[np.ndarray] = []  # uint8 [H, W] each; for training of the image's size
-        self.scales: list[float] = []  # that the photographs were resized by
+        self.details: list[Detail] = []  # of each photograph, or none
+        self.scales: list[float] = []  # that bring the photographs to the working diameter
         # For scores, not for training:
         self.classes: list[np.ndarray] = []  # uint8 [H, W] each: labels without OUTSIDE
         self.second_observers: list[np.ndarray | None] = []  # vessels, bool [H, W] each
@@ -100,8 +110,13 @@ class DriveDataset(Dataset):
             photograph, classes, field_of_view = _read_photograph(item, num_classes)
             label = np.where(field_of_view, classes, OUTSIDE).astype(np.uint8)
             scale = match_scale(field_of_view_diameter(field_of_view), fov_diameter) if fov_diameter else 1.0
-            photograph = prepare_at_scale(photograph, field_of_view, scale, prepare)
-            if scale != 1 and resize_labels:
+            if detail is not None:
+                of_detail = min(scale * detail, 1.0)
+                image = prepare_at_scale(photograph, field_of_view, of_detail, prepare)
+                resized = label if of_detail == 1 else _resize_label(label, image.shape[:2])
+                self.details.append((of_detail / scale, image, resized))
+            photograph = prepare_at_scale(photograph, field_of_view, scale * zoom, prepare)
+            if scale * zoom != 1 and resize_labels:
                 label = _resize_label(label, photograph.shape[:2])
             self.scales.append(scale)
             self.images.append(photograph)
@@ -130,14 +145,16 @@ class DriveDataset(Dataset):
 
     def to(self, device: torch.device) -> "DriveDataset":
         """These photographs in a device's memory: `transforms` gets `tv_tensors` there, not PIL images."""
-        moved = copy.copy(self)
-        moved.on_device = [
-            (
+
+        def move(image: np.ndarray, label: np.ndarray) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+            return (
                 tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).contiguous().to(device)),
                 tv_tensors.Mask(torch.from_numpy(label).to(device)),
             )
-            for image, label in zip(self.images, self.labels, strict=True)
-        ]
+
+        moved = copy.copy(self)
+        moved.on_device = [move(*pair) for pair in zip(self.images, self.labels, strict=True)]
+        moved.details = [(size, *move(*pair)) for size, *pair in self.details]
         return moved
 
     def by_root(self) -> dict[str, "DriveDataset"]:
@@ -150,7 +167,7 @@ class DriveDataset(Dataset):
     def _of_root(self, root: Path) -> "DriveDataset":
         indices = [index for index, item in enumerate(self.files) if item.root == root]
         subset = copy.copy(self)
-        for name in ("files", "images", "labels", "scales", "classes", "second_observers", "on_device"):
+        for name in ("files", "images", "labels", "details", "scales", "classes", "second_observers", "on_device"):
             values = getattr(self, name)
             setattr(subset, name, [values[index] for index in indices] if values else values)
         return subset
@@ -182,13 +199,17 @@ class DriveDataset(Dataset):
                 )
 
     def __getitem__(self, idx: int) -> tuple[Any, Any]:
+        size, *detail = self.details[idx] if self.details else (None,)
         if self.on_device:
             image, label = self.on_device[idx]
         else:
             image, label = Image.fromarray(self.images[idx]), Image.fromarray(self.labels[idx])
-        if self.transforms is not None:
-            image, label = self.transforms(image, label)
-        return image, label
+            detail = map(Image.fromarray, detail)
+        if self.transforms is None:
+            return image, label
+        if size is None:
+            return self.transforms(image, label)
+        return self.transforms.of_two_sizes((1.0, image, label), (size, *detail))
 
     def __len__(self) -> int:
         return len(self.files)

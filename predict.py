@@ -345,7 +345,8 @@ def get_parser() -> argparse.ArgumentParser:
         group,
         "--tta",
         default=None,
-        help="average over the four flips, in four times the time (default: as stored in the weights, else off)",
+        help="average over the four flips, in four times the time, or over the sizes that the weights name (default: "
+        "as stored in the weights, else off)",
     )
     add_normalization_flags(group, None, None, origin="Default of the three: as stored in the weights")
     group = parser.group("speed")

@@ -141,12 +141,14 @@ class RandomAffineCrop:
         self.bend = bend
         self.fill = torch.tensor(fill).view(3, 1, 1)
 
-    def __call__(self, image: Any, target: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Any, target: Any, scale: float | None = None) -> tuple[Tensor, Tensor]:
+        """`scale`: what the shorter side is resized to, times itself; None: drawn."""
         height, width = F.get_size(image)
         zoom, angle, mirror, x, y = torch.rand(5).tolist()
-        base_size = self.base_size or min(height, width)
-        min_size, max_size = self.smallest * base_size, self.largest * base_size
-        shorter_side = min_size * (max_size / min_size) ** zoom
+        if scale is not None:
+            shorter_side = scale * min(height, width)
+        else:
+            shorter_side = self._between(zoom) * (self.base_size or min(height, width))
         side = self.size / shorter_side * min(height, width)  # of the square in the original picture, pixels
         cosine, sine = side * math.cos(2 * math.pi * angle), side * math.sin(2 * math.pi * angle)
         # Under rotation by any angle, mirroring along either axis gives the same set of squares.
@@ -182,6 +184,14 @@ class RandomAffineCrop:
         shifted = target[None, None].float() - OUTSIDE
         target = grid_sample(shifted, grid, mode="nearest", align_corners=False)[0, 0] + OUTSIDE
         return image, target.to(torch.int64)
+
+    def draw_scale(self) -> float:
+        """What the shorter side is to be resized to, times `base_size`."""
+        return self._between(float(torch.rand(())))
+
+    def _between(self, place: float) -> float:
+        """From `smallest` at 0 to `largest` at 1."""
+        return self.smallest * (self.largest / self.smallest) ** place
 
 
 def _smooth(points: Tensor, size: int) -> Tensor:
@@ -309,14 +319,31 @@ class SegmentationPresetRotation(Compose):
 
 
 class SegmentationPresetAnyCamera(Compose):
-    """As the rotation preset, with more of what differs between cameras: scale, shape, light, colours, sharpness."""
+    """As the rotation preset, with more of what differs between cameras: scale, shape, light, colours, sharpness.
+
+    The shorter side is 0.6 to 1.6 times `base_size`.
+    """
+
+    detail = 1.6  # a photograph is to be kept in this size too, for the largest crops
 
     def __init__(
         self, base_size: int | None = 565, crop_size: int = 256, *, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__(
-            [RandomAffineCrop(crop_size, 0.7, 1.4, base_size, bend=0.01, fill=mean), OtherCamera(mean, std)]
+            [RandomAffineCrop(crop_size, 0.6, self.detail, base_size, bend=0.01, fill=mean), OtherCamera(mean, std)]
         )
+
+    def of_two_sizes(self, working: tuple[float, Any, Any], detail: tuple[float, Any, Any]) -> tuple[Tensor, Tensor]:
+        """The crop of a photograph that is there in two sizes, by the one that has all the crop's details.
+
+        Args:
+            working, detail: size (times the size at the working diameter), image and target. `detail` is the larger
+                one, unless the photograph itself has less pixels than `working`, which was enlarged.
+        """
+        crop, other_camera = self.transforms
+        scale = crop.draw_scale()
+        size, image, target = working if scale <= working[0] < detail[0] else detail
+        return other_camera(*crop(image, target, scale / size))
 
 
 class SegmentationPresetEval(Compose):

@@ -65,6 +65,10 @@ _validated = _fits(
 )
 
 
+def _are_scales(value: Any) -> bool:
+    return _list_of(_number(0.25, 5))(value) and len(value) > 0
+
+
 def _is_row(value: Any) -> bool:
     return isinstance(value, Mapping) and _trained(value) and ("dice" not in value or _validated(value))
 
@@ -95,6 +99,7 @@ RULES: dict[str, Rule] = {
     "trained_scale": (_number(1e-3, 1e3), "a number from 0.001 to 1000"),
     "threshold": (lambda value: _number(0, 1)(value) and 0 < value < 1, "a number between 0 and 1"),
     "tta": (_is_bool, "True or False"),
+    "tta_scales": (_are_scales, "a list of numbers from 0.25 to 5"),
     "epoch": (_whole(0, 2**31), "a whole number of at least 0"),
     "args": (_is_plain, "a dict of flags with plain values"),
     "best_dice": (_or_none(_number(-1, 1.001)), "a number from -1 to 1"),

@@ -111,7 +111,8 @@ def _local_mean(grey: np.ndarray, field_of_view: np.ndarray) -> np.ndarray:
     shrink = max(1.0, sigma / 4)
     height, width = grey.shape
     size = [max(1, round(height / shrink)), max(1, round(width / shrink))]
-    parts = np.where(field_of_view, grey, np.uint8(0)), field_of_view.view(np.uint8) * np.uint8(255)
+    # Where a mask comes from a picture of one bit, its true pixels are not the number 1 in memory.
+    parts = np.where(field_of_view, grey, np.uint8(0)), np.where(field_of_view, np.uint8(255), np.uint8(0))
     small = torch.cat([_resize(to_float(torch.from_numpy(part)), size) for part in parts])  # [2, 1, h, w]
     radius = math.ceil(3 * sigma / shrink)
     gaussian = (-0.5 * (torch.arange(-radius, radius + 1) / (sigma / shrink)) ** 2).softmax(dim=0)

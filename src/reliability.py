@@ -28,10 +28,10 @@ import math
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from .field_of_view import field_of_view_diameter, shows_two_discs, shrunk
 from .photograph import LARGE, ROWS_AT_ONCE
+from .segment import Votes
 
 # The expected Dice: a constant, and the weights of the agreement's log-odds and of the logarithm of the edges.
 CONSTANT, WEIGHT_OF_AGREEMENT, WEIGHT_OF_EDGES = -0.312, 0.245, 0.116
@@ -46,37 +46,37 @@ FEW_VESSELS, MANY_VESSELS = 0.04, 0.18  # shares of the field of view; 0.074 to 
 LEAST_RELIABILITY = 0.6  # warns of one in 17 (Dice 0.63), and of ten in 48 (Dice of all 0.68)
 
 
-def expected_dice(vessels: np.ndarray, field_of_view: np.ndarray, votes: Tensor) -> float:
+def expected_dice(vessels: np.ndarray, field_of_view: np.ndarray, votes: Votes) -> float:
     """The Dice that a mask is expected to have inside the field of view, from 0 to 1.
 
     Args:
         vessels: the mask, bool [H, W].
         field_of_view: bool [H, W].
-        votes: how many of the four flips see a vessel, [h, w] of the resized photograph.
+        votes: of the views that the mask comes from.
     """
     agreement, edges = signals(vessels, field_of_view, votes)
     return min(max(CONSTANT + WEIGHT_OF_AGREEMENT * agreement + WEIGHT_OF_EDGES * edges, 0.0), 1.0)
 
 
-def signals(vessels: np.ndarray, field_of_view: np.ndarray, votes: Tensor) -> tuple[float, float]:
-    """The log-odds of the flips' agreement, and the logarithm of the mask's edges."""
-    agreement = flip_agreement(votes, field_of_view)
+def signals(vessels: np.ndarray, field_of_view: np.ndarray, votes: Votes) -> tuple[float, float]:
+    """The log-odds of the views' agreement, and the logarithm of the mask's edges."""
+    agreement = agreement_of_views(votes, field_of_view)
     log_odds = math.log((agreement + SMALLEST_DOUBT) / (1 - agreement + SMALLEST_DOUBT))
     return log_odds, math.log1p(edge_density(vessels, field_of_view))
 
 
-def flip_agreement(votes: Tensor, field_of_view: np.ndarray) -> float:
-    """The Dice between the masks of the four flips, over all pairs of them; 0 without any vessel.
+def agreement_of_views(votes: Votes, field_of_view: np.ndarray) -> float:
+    """The Dice between the masks of the views, over all pairs of them; 0 without any vessel.
 
     Args:
-        votes: how many of the flips see a vessel, [h, w] of the resized photograph.
+        votes: of the views.
         field_of_view: bool [H, W] of the photograph itself.
     """
-    height, width = votes.shape
+    height, width = votes.count.shape
     inside = Image.fromarray(field_of_view).resize((width, height), Image.Resampling.NEAREST)
-    inner = votes[torch.from_numpy(np.array(inside))].double()
-    # A pixel with n votes is common to n (n - 1) / 2 of the pairs, and each vote counts in three of them.
-    common = (inner * (inner - 1)).sum() / (3 * inner.sum()).clamp_min(1)
+    inner = votes.count[torch.from_numpy(np.array(inside))].double()
+    # A pixel with n votes is common to n (n - 1) / 2 of the pairs, and each vote counts in all pairs of its view.
+    common = (inner * (inner - 1)).sum() / ((votes.views - 1) * inner.sum()).clamp_min(1)
     return min(max(float(common), 0.0), 1.0)  # blended votes of tiles are fractions
 
 

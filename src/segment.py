@@ -34,23 +34,28 @@ LARGEST_WHOLE = 2 * 1024**3  # bytes; pictures that need more are cut into tiles
 LARGEST_TILES = 1024**3  # bytes that a batch of tiles may need, besides the picture and its probabilities
 SMALLEST_TILE = 128
 
-FLIPS = ((), (-1,), (-2,), (-2, -1))  # dimensions of [C, H, W] to mirror
+FLIPS = ((), (-1,), (-2,), (-2, -1))
+ONE_SIZE = (1.0,)  # the working size alone
 
 # The network has the memory and the processor to itself, while other threads read, prepare and write photographs.
 _NETWORK = threading.Lock()
 
-View = tuple[int, int, tuple[int, ...]]  # row and column of a tile, and its flip
+Flip = tuple[int, ...]  # dimensions of [C, H, W] to mirror
+View = tuple[int, int, Flip]  # row and column of a tile, and its flip
+Crop = Callable[[slice, slice], Tensor]  # rows and columns of an image -> the normalised part
 
 
 @dataclass
 class Votes:
-    """How many of the flips see a vessel in each pixel of a photograph; `segment` counts them.
+    """How many of the views of a photograph show a vessel in each of its pixels; `segment` counts them.
 
     Attributes:
         count: float32 [h, w] of the resized photograph, on the CPU; None before.
+        views: how many there are.
     """
 
     count: Tensor | None = None
+    views: int = 0
 
 
 def normalise(photograph: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -201,6 +206,29 @@ def logits_in_tiles(model: nn.Module, images: Tensor, amp_dtype: torch.dtype | N
     return torch.cat([background, others], dim=1).log().float().to(images.device)
 
 
+def views(scales: Sequence[float]) -> list[tuple[float, Flip]]:
+    """What predictions with test-time augmentation are averaged over.
+
+    Args:
+        scales: multiples of the model's working size. The model sees each once, mirrored in another way; if there is
+            only one, in the four flips.
+
+    Returns:
+        each size that the model sees, as a share of the largest, with its flip.
+    """
+    if len(scales) == 1:
+        return [(1.0, flip) for flip in FLIPS]
+    return [(scale / max(scales), FLIPS[turn % len(FLIPS)]) for turn, scale in enumerate(scales)]
+
+
+def at_size(image: Tensor, share: float) -> Tensor:
+    """Normalised images [N, C, H, W], resized to a share of their size."""
+    if share == 1:
+        return image
+    size = [max(1, round(side * share)) for side in image.shape[-2:]]
+    return F.interpolate(image, size, mode="bilinear", antialias=True)
+
+
 @torch.inference_mode()
 def segment(
     model: nn.Module,
@@ -210,6 +238,7 @@ def segment(
     *,
     tile: int | None = None,
     flips: bool = False,
+    scales: Sequence[float] = ONE_SIZE,
     batch_size: int = 1,
     amp_dtype: torch.dtype | None = None,
     votes: Votes | None = None,
@@ -221,24 +250,37 @@ def segment(
         photograph: RGB, uint8 [H, W, 3].
         mean, std: the normalisation of the model's training photographs.
         tile: side in pixels of overlapping tiles; None: use tiles only where memory requires it.
-        flips: average over the four flips of the picture, which takes four times as long.
+        flips: average over the four flips of the picture, which takes four times as long; or over the `views` of
+            several `scales`. The photograph has the largest of these sizes.
         batch_size: number of tiles or flips in one forward pass.
         amp_dtype: the lower precision of automatic mixed precision; None: float32 throughout.
-        votes: where to count the flips that see a vessel; None: nowhere.
+        votes: where to count the views that show a vessel; None: nowhere.
 
     Returns:
         float64 [C - 1, H, W] on the CPU; for two classes, the vessels alone.
     """
     assert not model.training, "call model.eval() first"
-    turns = FLIPS if flips else FLIPS[:1]
-    if tile is None:
-        tile = _tile_for_memory(model, *photograph.shape[:2], len(turns), batch_size)
+    size, turns = photograph.shape[:2], FLIPS if flips else FLIPS[:1]
 
-    def crop(rows: slice, columns: slice) -> Tensor:
-        return normalise(photograph[rows, columns], mean, std)
+    def blend(crop: Crop, size: Sequence[int], turns: Sequence[Flip], votes: Votes | None = None) -> Tensor:
+        side = _tile_for_memory(model, *size, len(turns), batch_size) if tile is None else tile
+        return _blend(model, crop, size, side, turns, batch_size, amp_dtype, votes)
 
     with _NETWORK:
-        return _blend(model, crop, photograph.shape[:2], tile, turns, batch_size, amp_dtype, votes)
+        if not flips or len(scales) == 1:
+            return blend(lambda *part: normalise(photograph[part], mean, std), size, turns, votes)
+        image = normalise(photograph, mean, std)[None]
+        shown = views(scales)
+        mean_of_views, count = 0, torch.zeros(size)
+        for share, flip in shown:
+            view = at_size(image, share)[0]
+            found = blend(lambda rows, columns, view=view: view[:, rows, columns], view.shape[1:], [flip])
+            found = resize_probabilities(found[None], size)[0]
+            mean_of_views = mean_of_views + found / len(shown)
+            count += found.sum(dim=0) > 0.5
+        if votes is not None:
+            votes.count, votes.views = count, len(shown)
+        return mean_of_views
 
 
 def _tile_for_memory(model: nn.Module, height: int, width: int, flips: int, batch_size: int) -> int:
@@ -252,10 +294,10 @@ def _tile_for_memory(model: nn.Module, height: int, width: int, flips: int, batc
 
 def _blend(
     model: nn.Module,
-    crop: Callable[[slice, slice], Tensor],
+    crop: Crop,
     size: Sequence[int],
     tile: int,
-    turns: Sequence[tuple[int, ...]],
+    turns: Sequence[Flip],
     batch_size: int,
     amp_dtype: torch.dtype | None,
     votes: Votes | None = None,
@@ -264,7 +306,7 @@ def _blend(
     rows, columns = (_overlapping_spans(length, tile) for length in size)
     blended = None
     if votes is not None:
-        votes.count = torch.zeros(*size)
+        votes.count, votes.views = torch.zeros(*size), len(turns)
     for views in _batches(rows, columns, turns, batch_size):
         images = [crop(rows[row][0], columns[column][0]).flip(flip) for row, column, flip in views]
         probabilities = _forward(model, torch.stack(images), amp_dtype)  # [N, C - 1, h, w]
@@ -300,7 +342,7 @@ def _overlapping_spans(length: int, tile: int) -> list[tuple[slice, Tensor]]:
     return [(span, share[span]) for share, span in zip(shares, spans, strict=True)]
 
 
-def _batches(rows: list, columns: list, turns: Sequence[tuple[int, ...]], batch_size: int) -> Iterator[list[View]]:
+def _batches(rows: list, columns: list, turns: Sequence[Flip], batch_size: int) -> Iterator[list[View]]:
     """All tiles in all flips; the tiles of a batch have the same shape."""
 
     def shape(view: View) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from .inference import for_inference
 from .photograph import read_photograph, to_rgb
 from .reliability import expected_dice
 from .segment import (
+    ONE_SIZE,
     Votes,
     match_scale,
     prepare_at_scale,
@@ -37,7 +38,8 @@ class Segmentation:
     field_of_view: np.ndarray  # bool [H, W]
     diameter: float  # of the field of view, pixels
     scale: float  # that the photograph was resized by for the model
-    working_probabilities: Tensor  # float64 [C - 1, h, w] at that scale, of all classes except the background
+    # Float64 [C - 1, h, w] at that scale, or at the largest that they are a mean of; of all classes but the background.
+    working_probabilities: Tensor
     labels: np.ndarray  # uint8 [H, W]; 0 is the background and everything outside the field of view
     reliability: float | None  # the Dice that is expected, 0 to 1; None without flips, or of more than two classes
 
@@ -97,7 +99,8 @@ class Segmenter:
                 is found in the photograph.
             threshold: probability above which a pixel is a vessel, at the training photographs' scale.
             scale: factor to resize the photograph by; None: to the model's working diameter.
-            flips: average over the four flips; None: as the weights say.
+            flips: average over the sizes that the weights name, unless there is a `scale`; else over the four flips.
+                None: as the weights say.
             tile, batch_size: as `src.segment.segment`.
 
         Raises:
@@ -109,18 +112,20 @@ class Segmenter:
         if field_of_view is None:
             field_of_view = retina
         diameter = field_of_view_diameter(retina)
+        flips = self.checkpoint.get("tta", False) if flips is None else flips
+        scales = self.checkpoint.get("tta_scales", ONE_SIZE) if flips and scale is None else ONE_SIZE
         if scale is None:
             scale = match_scale(diameter, self.checkpoint["fov_diameter"])
-        flips = self.checkpoint.get("tta", False) if flips is None else flips
         votes = Votes() if flips and self.checkpoint["model_args"]["num_classes"] == 2 else None
         normalised = functools.partial(prepare, normalization=normalization_of(self.checkpoint))
         working_probabilities = segment(
             self.model,
-            prepare_at_scale(image, retina, scale, normalised),
+            prepare_at_scale(image, retina, scale * max(scales), normalised),
             self.checkpoint["mean"],
             self.checkpoint["std"],
             tile=tile,
             flips=flips,
+            scales=scales,
             batch_size=batch_size,
             amp_dtype=self.amp_dtype,
             votes=votes,
@@ -130,7 +135,7 @@ class Segmenter:
         for rows, probabilities in probabilities_in_parts(working_probabilities, labels.shape):
             labels[rows] = classify(probabilities, threshold, shift)
         labels[~field_of_view] = 0
-        reliability = expected_dice(labels > 0, field_of_view, votes.count) if votes else None
+        reliability = expected_dice(labels > 0, field_of_view, votes) if votes else None
         return Segmentation(image, field_of_view, diameter, scale, working_probabilities, labels, reliability)
 
 

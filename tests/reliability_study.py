@@ -31,7 +31,7 @@ from src.reliability import (
     sharpness,
     signals,
 )
-from src.segment import Votes, match_scale, prepare_at_scale, resize_probabilities, segment, widening
+from src.segment import ONE_SIZE, Votes, match_scale, prepare_at_scale, resize_probabilities, segment, widening
 from src.segmenter import classify
 from src.weights import load_model, normalization_of
 
@@ -95,15 +95,16 @@ def measure(photograph, truth, inside, model, checkpoint):
     retina, votes = find_field_of_view(photograph), Votes()
     scale = match_scale(field_of_view_diameter(retina), checkpoint["fov_diameter"])
     normalised = functools.partial(prepare, normalization=normalization_of(checkpoint))
-    prepared = prepare_at_scale(photograph, retina, scale, normalised)  # as predict.py does
+    scales = checkpoint.get("tta_scales", ONE_SIZE)
+    prepared = prepare_at_scale(photograph, retina, scale * max(scales), normalised)  # as predict.py does
     mean, std = checkpoint["mean"], checkpoint["std"]
-    probabilities = segment(model, prepared, mean, std, flips=True, votes=votes)
+    probabilities = segment(model, prepared, mean, std, flips=True, scales=scales, votes=votes)
     probabilities = resize_probabilities(probabilities[None], photograph.shape[:2])[0]
     mask = (classify(probabilities, 0.5, widening(scale, checkpoint.get("trained_scale"))) > 0) & retina
     share = mask.sum() / retina.sum()
-    reliability = expected_dice(mask, retina, votes.count)
+    reliability = expected_dice(mask, retina, votes)
     return {
-        "fit_row": (dice_of(mask, truth, inside), 1.0, *signals(mask, retina, votes.count)),
+        "fit_row": (dice_of(mask, truth, inside), 1.0, *signals(mask, retina, votes)),
         "limits": (brightness(photograph, retina), sharpness(photograph, retina), share, reliability),
         "warnings": reasons_for_doubt(photograph, retina, share, reliability),
     }

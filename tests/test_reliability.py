@@ -7,10 +7,10 @@ from PIL import Image, ImageFilter
 
 from src.field_of_view import find_field_of_view, shows_two_discs
 from src.reliability import (
+    agreement_of_views,
     brightness,
     edge_density,
     expected_dice,
-    flip_agreement,
     reasons_for_doubt,
     sharpness,
 )
@@ -41,20 +41,21 @@ def test_agreement_is_the_dice_over_pairs(retina):
     both = sum(2 * (masks[i] & masks[j] & inside).sum() for i in range(4) for j in range(i))
     alone = sum((masks[i] & inside).sum() + (masks[j] & inside).sum() for i in range(4) for j in range(i))
     votes = torch.from_numpy(masks.sum(axis=0)).float()
-    assert flip_agreement(votes, inside) == pytest.approx(both / alone)
+    assert agreement_of_views(Votes(votes, 4), inside) == pytest.approx(both / alone)
     assert 0.5 < both / alone < 0.95
-    assert flip_agreement(4 * torch.from_numpy(vessels).float(), inside) == pytest.approx(1)
-    assert flip_agreement(torch.from_numpy(vessels).float(), inside) == 0  # each pixel in one of the flips
-    assert flip_agreement(torch.zeros(vessels.shape), inside) == 0
+    assert agreement_of_views(Votes(4 * torch.from_numpy(vessels).float(), 4), inside) == pytest.approx(1)
+    one_vote = torch.from_numpy(vessels).float()  # each pixel in one of the flips
+    assert agreement_of_views(Votes(one_vote, 4), inside) == 0
+    assert agreement_of_views(Votes(torch.zeros(vessels.shape), 4), inside) == 0
 
 
 def test_agreement_is_taken_inside_the_field_of_view(retina):
     _, vessels, inside = retina
     votes = torch.from_numpy(np.where(inside, 4 * vessels, 1)).float()
-    assert flip_agreement(votes, inside) == pytest.approx(1)
-    assert flip_agreement(votes, np.ones_like(inside)) < 0.8
+    assert agreement_of_views(Votes(votes, 4), inside) == pytest.approx(1)
+    assert agreement_of_views(Votes(votes, 4), np.ones_like(inside)) < 0.8
     # The votes are those of the resized photograph.
-    assert flip_agreement(votes[::2, ::2], inside) == pytest.approx(1, abs=0.02)
+    assert agreement_of_views(Votes(votes[::2, ::2], 4), inside) == pytest.approx(1, abs=0.02)
 
 
 def test_the_density_of_edges_is_free_of_the_resolution(retina):
@@ -73,10 +74,10 @@ def test_reliability_falls_with_agreement_and_vessels(retina):
     _, vessels, inside = retina
     doubtful = torch.from_numpy(halves(vessels).sum(axis=0)).float()
     values = [
-        expected_dice(vessels, inside, torch.from_numpy(4.0 * vessels)),
-        expected_dice(vessels, inside, doubtful),
-        expected_dice(np.zeros_like(vessels), inside, doubtful),
-        expected_dice(np.zeros_like(vessels), inside, torch.zeros(vessels.shape)),
+        expected_dice(vessels, inside, Votes(torch.from_numpy(4.0 * vessels), 4)),
+        expected_dice(vessels, inside, Votes(doubtful, 4)),
+        expected_dice(np.zeros_like(vessels), inside, Votes(doubtful, 4)),
+        expected_dice(np.zeros_like(vessels), inside, Votes(torch.zeros(vessels.shape), 4)),
     ]
     assert values == sorted(values, reverse=True)
     assert 0.7 < values[0] <= 1 and values[0] - values[1] > 0.1 and values[1] > values[2] and values[3] == 0

@@ -354,6 +354,18 @@ def test_the_threshold_is_stored_with_the_flips_it_was_chosen_with(shared_drive,
     assert again["tta"] is True
 
 
+def test_scores_are_of_the_sizes_that_are_asked_for(shared_drive, weights, working_directory):
+    shutil.copy(weights, "my.pth")
+    flips = test_only(shared_drive, "my.pth", "--tta")
+    sizes = test_only(shared_drive, "my.pth", "--tta", "--tta-scales", "0.7", "1", "1.4")
+    assert flips["tta_scales"] == [1] and sizes["tta_scales"] == [0.7, 1, 1.4]
+    assert flips["field_of_view"]["model"] != sizes["field_of_view"]["model"]
+    test_only(shared_drive, "my.pth", "--threshold", "auto", "--tta", "--tta-scales", "0.7", "1", "1.4")
+    assert load_checkpoint("my.pth")["tta_scales"] == [0.7, 1, 1.4]  # stored with the threshold
+    assert test_only(shared_drive, "my.pth")["tta_scales"] == [0.7, 1, 1.4]
+    assert test_only(shared_drive, "my.pth", "--no-tta")["tta_scales"] == [1]
+
+
 def test_a_threshold_is_not_stored_unless_chosen(shared_drive, weights, working_directory):
     shutil.copy(weights, "my.pth")
     test_only(shared_drive, "my.pth", "--threshold", "0.3")

@@ -12,6 +12,8 @@ from src import create_model
 from src import segment as segment_module
 from src.colours import Normalization, prepare
 from src.segment import (
+    ONE_SIZE,
+    Votes,
     logits_in_tiles,
     logits_of_size,
     match_scale,
@@ -20,9 +22,10 @@ from src.segment import (
     probabilities_in_parts,
     resize_probabilities,
     segment,
+    views,
     widening,
 )
-from train_utils.scoring.measure import _mean_over_flips
+from train_utils.scoring.measure import _mean_over_views
 from transforms import get_transform
 
 
@@ -213,6 +216,31 @@ def test_flips_are_averaged(unet):
     torch.testing.assert_close(run(unet, photograph, flips=True, batch_size=3), expected, atol=1e-6, rtol=0)
 
 
+def test_views():
+    assert views([1.0]) == views([0.7]) == [(1.0, ()), (1.0, (-1,)), (1.0, (-2,)), (1.0, (-2, -1))]
+    assert views([0.5, 1.0, 2.0]) == [(0.25, ()), (0.5, (-1,)), (1.0, (-2,))]
+    assert [flip for _, flip in views([1.0] * 6)] == [(), (-1,), (-2,), (-2, -1), (), (-1,)]
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": 64}])
+def test_sizes_are_averaged(unet, options):
+    photograph = smooth(72, 90)
+    image = normalise(photograph, DRIVE_MEAN, DRIVE_STD)[None]
+    expected, votes, count = 0, Votes(), 0
+    with torch.inference_mode():
+        for share, flip in ((0.5, ()), (0.75, (-1,)), (1.0, (-2,))):
+            small = image if share == 1 else F.resize(image, [int(72 * share), round(90 * share)])
+            vessels = unet(small.flip(flip))["out"].double().softmax(dim=1)[:, 1:].flip(flip)
+            vessels = F.resize(vessels, [72, 90])[0]
+            expected, count = expected + vessels / 3, count + (vessels[0] > 0.5)
+    found = run(unet, photograph, flips=True, scales=(0.7, 1.05, 1.4), votes=votes, **options)
+    tolerance = 0.05 if options else 1e-5  # tiles see less around them
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    assert votes.views == 3 and (votes.count != count).float().mean() < (0.05 if options else 1e-3)
+    assert torch.equal(run(unet, photograph, scales=(0.7, 1.4)), run(unet, photograph))  # without flips one view
+    assert torch.equal(run(unet, photograph, flips=True, scales=(1.4,)), run(unet, photograph, flips=True))
+
+
 def test_batches():
     model = Pixelwise()
     run(model, noise(64, 64))
@@ -299,8 +327,8 @@ def test_float64_where_a_device_has_none(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", to)
     found = logits_of_size(logits.as_subclass(OnMPS), (40, 48))
     assert isinstance(found, OnMPS) and torch.equal(found.cpu(), expected.float())
-    flipped = _mean_over_flips(Echo(), logits)
-    found = _mean_over_flips(Echo(), logits.as_subclass(OnMPS))
+    flipped = _mean_over_views(Echo(), logits, ONE_SIZE)
+    found = _mean_over_views(Echo(), logits.as_subclass(OnMPS), ONE_SIZE)
     assert isinstance(found, OnMPS) and torch.equal(found.cpu(), flipped.float())
 
 

@@ -75,6 +75,34 @@ def test_flips_are_those_of_the_weights(weights, photograph):
     assert not torch.equal(segmenter(photograph).probabilities, segmenter(photograph, flips=False).probabilities)
 
 
+def test_sizes_are_those_of_the_weights(tmp_path, photograph):
+    model = make_model()
+    several = save(tmp_path / "several.pth", model, tta=True, tta_scales=[0.5, 1.0, 1.5])
+    segmenter, of_one_size = load_pretrained(several), load_pretrained(save(tmp_path / "one.pth", model, tta=True))
+    found, flipped = segmenter(photograph), of_one_size(photograph)
+    assert found.scale == flipped.scale and found.reliability is not None
+    # At the largest of the sizes.
+    size = (1, round(80 * 1.5 * found.scale), round(90 * 1.5 * found.scale))
+    assert found.working_probabilities.shape == size and flipped.working_probabilities.shape < size
+    assert found.probabilities.shape == flipped.probabilities.shape == (1, 80, 90)
+    assert not torch.equal(found.probabilities, flipped.probabilities)
+    # Without the mean, and at a scale of one's own, the photograph is seen in one size.
+    for options in ({"flips": False}, {"scale": 1.2}):
+        assert torch.equal(
+            segmenter(photograph, **options).probabilities, of_one_size(photograph, **options).probabilities
+        )
+
+
+def test_a_mask_read_from_one_bit_counts_as_any_other(tmp_path, photograph):
+    inside = np.zeros((80, 90), bool)
+    inside[10:70, 12:80] = True
+    of_one_bit = np.array(Image.fromarray(inside).convert("1").resize((90, 80)))  # true is 255 in memory
+    assert of_one_bit.dtype == bool and np.array_equal(of_one_bit, inside)
+    segmenter = load_pretrained(save(tmp_path / "local.pth", make_model(), normalization="local"))
+    first, second = (segmenter(photograph, mask).probabilities for mask in (inside, of_one_bit))
+    assert torch.equal(first, second)
+
+
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere.pth"):
         load_pretrained(tmp_path / "nowhere.pth")

@@ -163,6 +163,7 @@ def test_nothing_that_can_be_settled_is_left_open(settled, flags):
             "steps_per_epoch",
             "backbone_weights",
             "tta",
+            "tta_scales",
             "workers",
             "base_size",
             "fold",

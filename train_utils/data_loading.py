@@ -47,10 +47,13 @@ def open_datasets(args: argparse.Namespace, device: torch.device) -> tuple[Drive
     normalization = Normalization(args.normalization, args.mean, args.std)
     datasets = []
     for train in (True, False):
+        transform = get_transform(train, args.mean, args.std, args.base_size, args.crop_size, args.augmentation)
         data = DriveDataset(
             roots(args),
             train,
-            get_transform(train, args.mean, args.std, args.base_size, args.crop_size, args.augmentation),
+            transform,
+            # A size of one's own has one size.
+            detail=getattr(transform, "detail", None) if args.base_size is None else None,
             val_split=args.val_split,
             fold=fold(args),
             train_on_all=args.train_on_all,

@@ -71,7 +71,7 @@ def add_training_flags(parser: Parser) -> None:
         "--base-size",
         type=at_least(2, below=20000),
         help="shorter side in pixels; the preset resizes to 0.5 - 1.2 times this (rotation: 0.8 - 1.15, any-camera: "
-        "0.7 - 1.4) (default: that of each photograph at the working diameter)",
+        "0.6 - 1.6) (default: that of each photograph at the working diameter)",
     )
     group.add_argument("--crop-size", type=at_least(32, below=20000), help="side of the training crops")
     group.add_argument(
@@ -166,6 +166,14 @@ def add_training_flags(parser: Parser) -> None:
         default=None,
         help="score the mean over the four flips, in four times the time; stored with the weights for predict.py "
         "and --test-only (default: as stored, else off)",
+    )
+    group.add_argument(
+        "--tta-scales",
+        nargs="+",
+        type=at_least(0.25, float, below=5),
+        metavar="SCALE",
+        help="with --tta: the mean over these sizes, multiples of the working one, each mirrored in another way; of "
+        "one size, over its four flips (default: as stored, else 1)",
     )
     group = parser.group("output")
     group.add_argument(

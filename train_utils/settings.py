@@ -54,8 +54,11 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
         args.device_data = all(gather_objects(device.type == "cuda" and _photographs_fit(args, device)))
     if args.device_data:
         args.workers = 0
-    if args.tta is None and checkpoint is not None:
-        args.tta = checkpoint.get("tta")
+    if checkpoint is not None:
+        if args.tta is None:
+            args.tta = checkpoint.get("tta")
+        if args.tta_scales is None:
+            args.tta_scales = checkpoint.get("tta_scales")
 
 
 def _channels_last_is_faster(args: argparse.Namespace, device: torch.device) -> bool:
@@ -96,12 +99,13 @@ def _settle_split(args: argparse.Namespace) -> None:
 
 def _photographs_fit(args: argparse.Namespace, device: torch.device) -> bool:
     """Whether the photographs take at most a share of the GPU's free memory: three colours and a label each."""
+    sizes = 2 if args.augmentation == "any-camera" else 1
     training, validated = split(args).divide(roots(args))
     size = 0.0
     for item in (*training, *validated):
         width, height = image_size(item.photograph)
         enlarged = max(args.fov_diameter / min(width, height), 1.0)
-        size += 4 * width * height * enlarged**2
+        size += 4 * width * height * enlarged**2 * sizes
     return size <= SHARE_FOR_PHOTOGRAPHS * torch.cuda.mem_get_info(device)[0]
 
 

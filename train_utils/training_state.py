@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from src.dataset_files import LabelledPhotograph, describe
+from src.segment import ONE_SIZE
 from src.weights import Checkpoint, CheckpointError, load_checkpoint, load_weights
 
 from .checkpoint import LAST_MODEL
@@ -43,7 +44,7 @@ UNREPORTED = frozenset(
         # speed
         *("workers", "channels_last", "compile"),
         # scoring after training
-        *("threshold", "tta"),
+        *("threshold", "tta", "tta_scales"),
         # defaults of other flags; another model or optimizer is refused
         *("recipe", "arch", "base_c", "num_classes", "backbone_weights", "optimizer"),
     )
@@ -128,6 +129,7 @@ class TrainingState:
             "std": list(self.args.std),
             "normalization": self.args.normalization,
             "tta": bool(self.args.tta),
+            "tta_scales": list(self.args.tta_scales or ONE_SIZE),
             "fov_diameter": self.args.fov_diameter,
             "trained_scale": self.trained_scale,
             "best_dice": self.best_dice,

@@ -16,7 +16,17 @@ from my_dataset import OUTSIDE, VESSEL, DriveDataset, require_size
 from src.dataset_files import root_names
 from src.inference import for_inference
 from src.masks import read_binary_mask
-from src.segment import FLIPS, in_float64, logits_in_tiles, logits_of_size, on_device_of, widening
+from src.segment import (
+    ONE_SIZE,
+    at_size,
+    in_float64,
+    logits_in_tiles,
+    logits_of_size,
+    on_device_of,
+    resize_probabilities,
+    views,
+    widening,
+)
 
 from ..data_loading import evaluation_loader
 from ..distributed_utils import gather_objects, get_rank, get_world_size
@@ -82,24 +92,32 @@ class Measurement:
 
 
 def _predictions(
-    model: nn.Module, dataset: DriveDataset, device: torch.device, header: str, tta: bool
+    model: nn.Module,
+    dataset: DriveDataset,
+    device: torch.device,
+    header: str,
+    tta: bool,
+    scales: Sequence[float],
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Index, logits [1, C, H, W] and label [1, H, W] of each photograph of this process.
 
-    With `tta` the logits are those of the mean probabilities over the four flips.
+    With `tta` the logits are those of the mean probabilities over the views.
     """
     fast_model = for_inference(model)
     loader = evaluation_loader(dataset, workers=0, pin_memory=False)
     batches = MetricLogger(delimiter="  ").log_every(loader, 100, header)
     for index, (image, label) in zip(loader.sampler, batches, strict=True):
         image = image.to(device)
-        logits = _mean_over_flips(fast_model, image) if tta else logits_in_tiles(fast_model, image)
+        logits = _mean_over_views(fast_model, image, scales) if tta else logits_in_tiles(fast_model, image)
         yield index, logits_of_size(logits, label.shape[-2:]), label.to(device)
 
 
-def _mean_over_flips(model: nn.Module, image: Tensor) -> Tensor:
-    turned = (logits_in_tiles(model, image.flip(flip)) for flip in FLIPS)
-    probabilities = [in_float64(logits).softmax(dim=1).flip(flip) for logits, flip in zip(turned, FLIPS, strict=True)]
+def _mean_over_views(model: nn.Module, image: Tensor, scales: Sequence[float]) -> Tensor:
+    probabilities = []
+    for share, flip in views(scales):
+        logits = logits_in_tiles(model, at_size(image, share).flip(flip))
+        found = in_float64(logits).softmax(dim=1).flip(flip)
+        probabilities.append(resize_probabilities(found, image.shape[-2:]))
     return on_device_of(image, torch.stack(probabilities).mean(dim=0).log())
 
 
@@ -111,6 +129,7 @@ def measure(
     threshold: float,
     *,
     tta: bool = False,
+    scales: Sequence[float] = ONE_SIZE,
     trained_scale: float | None = None,
 ) -> Measurement:
     """Score a model on every photograph of a dataset once, shared between the processes.
@@ -120,12 +139,13 @@ def measure(
         dataset: with the evaluation transform.
         device: of the model.
         threshold: the probability above which a pixel is a vessel.
-        tta: take the mean over the four flips of each photograph.
+        tta: take the mean over the views of each photograph.
+        scales: of these views, see `src.segment.views`; the photographs have the largest.
         trained_scale: of the model, see `src.segment.widening`.
     """
     measurement = Measurement(model.model_args["num_classes"])
     names = root_names(dataset.files)
-    for index, logits, label in _predictions(model, dataset, device, "Test:", tta):
+    for index, logits, label in _predictions(model, dataset, device, "Test:", tta, scales):
         measurement.confusion_matrix.update(label.flatten(), most_probable(logits).flatten())
         measurement.dice.update(logits, label)
         log_odds = vessel_log_odds(logits)[0] - widening(dataset.scales[index], trained_scale)  # [H, W]
@@ -204,11 +224,12 @@ def best_threshold(
     device: torch.device,
     *,
     tta: bool = False,
+    scales: Sequence[float] = ONE_SIZE,
     trained_scale: float | None = None,
 ) -> float:
     """The probability above which to call a pixel a vessel for the best Dice over all pixels of a dataset."""
     histogram = ProbabilityHistogram()
-    for index, logits, label in _predictions(model, dataset, device, "Threshold:", tta):
+    for index, logits, label in _predictions(model, dataset, device, "Threshold:", tta, scales):
         histogram.update(vessel_log_odds(logits) - widening(dataset.scales[index], trained_scale), label)
     histogram.reduce_from_all_processes()
     return histogram.best_threshold()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from src.segment import ONE_SIZE
 from src.weights import Checkpoint
 
 from ..files import replace_whole, write_csv
@@ -53,6 +54,7 @@ class Origin:
     selected_on: str | None = None
     threshold: Threshold | None = None
     tta: bool = False
+    tta_scales: Sequence[float] = ONE_SIZE
     seed: int | None = None
     fold: str | None = None
     validated_on: Collection[str] = ()  # digests of photographs
@@ -60,7 +62,9 @@ class Origin:
     sha256: str | None = None  # of the file of weights
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, threshold: Threshold, tta: bool, sha256: str) -> "Origin":
+    def of(
+        cls, checkpoint: Checkpoint, threshold: Threshold, tta: bool, tta_scales: Sequence[float], sha256: str
+    ) -> "Origin":
         """The weights of a checkpoint, whose file has this digest."""
         return cls(
             checkpoint["path"],
@@ -68,6 +72,7 @@ class Origin:
             checkpoint.get("selected_on", "not recorded in the weights"),
             threshold,
             tta,
+            tta_scales,
             checkpoint["args"].get("seed"),
             checkpoint["args"].get("fold"),
             checkpoint.get("validated_on", ()),
@@ -86,6 +91,7 @@ def make_report(measurement: Measurement, origin: Origin) -> dict[str, Any]:
         "selected_on": origin.selected_on,
         "threshold": None if threshold is None else {"value": threshold.value, "source": threshold.source},
         "tta": origin.tta,
+        "tta_scales": list(origin.tta_scales),
         "seed": origin.seed,
         "fold": origin.fold,
         "flags": origin.flags,
@@ -181,9 +187,8 @@ def format_report(report: dict[str, Any], measurement: Measurement) -> str:
         f"({names[0]} to {names[-1]})",
     ]
     if report["threshold"] is not None:
-        flips = ", mean over the four flips" if report["tta"] else ""
         lines.append(f"selected on: {report['selected_on']}")
-        lines.append(f"threshold: {report['threshold']['value']:.4g} ({report['threshold']['source']}){flips}")
+        lines.append(f"threshold: {report['threshold']['value']:.4g} ({report['threshold']['source']}){_views(report)}")
     for region, heading in REGIONS.items():
         observers = {name: scores for name, scores in report[region].items() if scores}
         labels = {name: name.replace("_", " ") for name in observers}
@@ -207,6 +212,13 @@ def format_report(report: dict[str, Any], measurement: Measurement) -> str:
     lines += ["", "As the tutorial scores (inside the field of view, the most probable class):"]
     lines += [str(measurement.confusion_matrix), f"dice coefficient: {measurement.dice.value.item():.3f}"]
     return "\n".join(lines)
+
+
+def _views(report: Mapping[str, Any]) -> str:
+    if not report["tta"]:
+        return ""
+    scales = [f"{scale:g}" for scale in report["tta_scales"]]
+    return ", mean over the four flips" if len(scales) == 1 else f", mean over the sizes {', '.join(scales)}"
 
 
 def _number(value: float | None) -> str:

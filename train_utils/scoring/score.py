@@ -19,6 +19,7 @@ from src.dataset_files import (
     training_photographs,
 )
 from src.errors import DatasetError
+from src.segment import ONE_SIZE
 from src.weights import Checkpoint, CheckpointError, build_model, load_checkpoint, normalization_of
 from transforms import get_transform
 
@@ -73,21 +74,19 @@ def score_weights(path: str | Path, device: torch.device, args: argparse.Namespa
     if (channels := checkpoint["model_args"].get("in_channels", 3)) != 3:
         raise CheckpointError(f"{path}: a model of {channels} input channels; photographs have 3: give other weights")
     files = _files_to_score(args, checkpoint)
-    tta = checkpoint.get("tta", False) if args.tta is None else args.tta
+    how = _how_to_measure(checkpoint, args)
     smaller = "use --device cpu" if device.type != "cpu" else "name fewer or smaller photographs by --data-path"
     with explain_out_of_memory(smaller):
         model = build_model(checkpoint, device)
-        threshold = _settle_threshold(model, checkpoint, device, args, tta)
-        photographs = _open(files, checkpoint)
+        threshold = _settle_threshold(model, checkpoint, device, args, how)
+        photographs = _open(files, checkpoint, how)
         if model.model_args["num_classes"] > 2:  # of two classes, the scores say themselves what is undefined
             photographs.require_classes(model.model_args["num_classes"] - 1)
         _report_faults(photographs)
-        measurement = measure(
-            model, photographs, device, threshold.value, tta=tta, trained_scale=checkpoint.get("trained_scale")
-        )
+        measurement = measure(model, photographs, device, threshold.value, **how)
     # After a threshold was stored in it.
     sha256 = on_main_process(sha256_of, path)
-    _report(measurement, Origin.of(checkpoint, threshold, tta, sha256), args)
+    _report(measurement, Origin.of(checkpoint, threshold, how["tta"], how["scales"], sha256), args)
 
 
 def score_masks(folder: str | Path, args: argparse.Namespace) -> None:
@@ -197,12 +196,19 @@ def _load_without_training_state(path: str | Path) -> Checkpoint:
     return {name: value for name, value in load_checkpoint(path).items() if name not in training_state}
 
 
-def _open(files: Sequence[LabelledPhotograph], checkpoint: Checkpoint) -> DriveDataset:
-    """Photographs as the model of a checkpoint is to see them."""
+def _how_to_measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `measure`: by the flags, else as the checkpoint says."""
+    tta = checkpoint.get("tta", False) if args.tta is None else args.tta
+    scales = args.tta_scales or checkpoint.get("tta_scales", ONE_SIZE)
+    return {"tta": tta, "scales": scales if tta else ONE_SIZE, "trained_scale": checkpoint.get("trained_scale")}
+
+
+def _open(files: Sequence[LabelledPhotograph], checkpoint: Checkpoint, how: Mapping[str, Any]) -> DriveDataset:
+    """Photographs as the model of a checkpoint is to see them, in the largest of the sizes."""
     num_classes = checkpoint["model_args"]["num_classes"] - 1
     transform = get_transform(False, checkpoint["mean"], checkpoint["std"])
-    how = reading(normalization_of(checkpoint), checkpoint["fov_diameter"], num_classes)
-    return DriveDataset.of(files, transform, **how)
+    as_trained = reading(normalization_of(checkpoint), checkpoint["fov_diameter"], num_classes)
+    return DriveDataset.of(files, transform, zoom=max(how["scales"]), **as_trained)
 
 
 def _files_to_score(args: argparse.Namespace, checkpoint: Checkpoint | None = None) -> list[LabelledPhotograph]:
@@ -229,7 +235,11 @@ def _files_to_score(args: argparse.Namespace, checkpoint: Checkpoint | None = No
 
 
 def _settle_threshold(
-    model: nn.Module, checkpoint: Checkpoint, device: torch.device, args: argparse.Namespace, tta: bool
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    args: argparse.Namespace,
+    how: Mapping[str, Any],
 ) -> Threshold:
     """The threshold that the flag gives; or with "auto" the best one, which is then stored in the file of weights.
 
@@ -238,10 +248,11 @@ def _settle_threshold(
     if args.threshold != "auto":
         return Threshold(args.threshold, "--threshold")
     files, held_out = _files_for_threshold(checkpoint, args)
-    trained_scale = checkpoint.get("trained_scale")
-    value = best_threshold(model, _open(files, checkpoint), device, tta=tta, trained_scale=trained_scale)
-    # The threshold holds with these flips alone.
-    on_main_process(add_to_checkpoint, checkpoint["path"], threshold=value, tta=tta)
+    value = best_threshold(model, _open(files, checkpoint, how), device, **how)
+    # The threshold holds with these views alone.
+    on_main_process(
+        add_to_checkpoint, checkpoint["path"], threshold=value, tta=how["tta"], tta_scales=list(how["scales"])
+    )
     return Threshold(value, f"auto: best Dice on {describe(files) if held_out else 'training'} photographs")
 
 
