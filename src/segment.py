@@ -100,8 +100,8 @@ def prepare_at_scale(
 ) -> np.ndarray:
     """A photograph, uint8 [H, W, 3], prepared for a model and resized by a factor: uint8 [scale * H, scale * W, 3].
 
-    To a quarter of its size or less it is first shrunk by a whole number, to twice the size that is wanted or a little
-    more, because preparing a large photograph takes long.
+    To a third of its size or less it is first shrunk by a whole number, to half as large again as what is wanted or a
+    little more, because preparing a large photograph takes long.
 
     Args:
         field_of_view: bool [H, W].
@@ -112,7 +112,7 @@ def prepare_at_scale(
     """
     height, width = photograph.shape[:2]
     size = _resized((height, width), scale)
-    factor = max(1, math.floor(0.5 / scale)) if prepare is not None else 1
+    factor = max(1, math.floor(0.64 / scale)) if prepare is not None else 1
     photograph = shrunk(photograph, factor)
     if prepare is not None:
         photograph = prepare(photograph, field_of_view[::factor, ::factor])

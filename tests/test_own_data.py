@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import get_size, resize, to_image
 
 import compute_mean_std
 import train
@@ -139,6 +140,30 @@ def test_photographs_are_brought_to_the_working_diameter(shared_drive, large):
     # Within 5 percent nothing is resized.
     near = DriveDataset(shared_drive, True, fov_diameter=1.04 * working_diameter(plain_data.files))
     assert near.images[0].shape == (72, 80, 3)
+
+
+def test_photographs_are_kept_in_two_sizes(shared_drive, large):
+    small = working_diameter(DriveDataset(shared_drive, True, val_split=1).files)
+
+    class Sizes:
+        def of_two_sizes(self, working, detail):
+            return working, detail
+
+    data = DriveDataset(large, True, Sizes(), val_split=1, fov_diameter=small, detail=1.5)
+    for kept in (data, data.by_root()[next(iter(data.by_root()))], data.to(torch.device("cpu"))):
+        (size, image, label), (detail_size, detail_image, detail_label) = kept[0]
+        assert size == 1 and detail_size == pytest.approx(1.5, rel=0.01)
+        assert get_size(image) == get_size(label) == [72, 80]
+        assert get_size(detail_image) == get_size(detail_label) == [108, 120]
+        image, detail_image = (to_image(picture).float() for picture in (image, detail_image))
+        assert (resize(detail_image, [72, 80]) - image).abs().mean() < 3  # both show the same
+    # A photograph that has less itself is kept as it is.
+    data = DriveDataset(shared_drive, True, Sizes(), val_split=1, fov_diameter=2 * small, detail=1.5)
+    (size, image, _), (detail_size, detail_image, detail_label) = data[0]
+    assert size == 1 and image.size == (160, 144) and detail_size == pytest.approx(0.5, rel=0.01)
+    assert detail_image.size == detail_label.size == (80, 72)
+    assert np.array_equal(np.array(detail_image), DriveDataset(shared_drive, True, val_split=1).images[0])
+    assert DriveDataset(shared_drive, True, val_split=1).details == []
 
 
 def test_scores_and_predictions_agree_at_another_scale(large, working_directory, capsys):

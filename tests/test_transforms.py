@@ -142,6 +142,37 @@ def test_rotation_preset():
     assert torch.equal(preset(*pair(584, 565))[0], first[0])
 
 
+@pytest.mark.parametrize(
+    ("scale", "detail", "taken"),
+    [(0.6, 1.6, "working"), (1.0, 1.6, "working"), (1.01, 1.6, "detail"), (1.6, 1.6, "detail"), (0.6, 0.5, "detail")],
+)
+def test_crops_of_two_sizes(scale, detail, taken, monkeypatch):
+    """Of the size that is large enough for the crop; a stripe is as wide as the scale says, whatever the size."""
+    preset = T.SegmentationPresetAnyCamera(None, 64, mean=(0.5,) * 3, std=(0.1,) * 3)
+    crop, _ = preset.transforms
+    crop.bend = 0
+    preset.transforms[1] = lambda image, target: (image, target)
+    monkeypatch.setattr(crop, "draw_scale", lambda: scale)
+    draw(monkeypatch, 0.3, 0, 0.7, 0.5, 0.5)
+    sizes = []
+    for size, grey in ((1.0, 50), (detail, 200)):
+        label = np.zeros([round(200 * size)] * 2, np.uint8)
+        label[round(90 * size) : round(110 * size)] = 1
+        sizes.append((size, Image.new("RGB", label.shape, (grey,) * 3), Image.fromarray(label)))
+    image, target = preset.of_two_sizes(*sizes)
+    assert image.shape == (3, 64, 64) and target.shape == (64, 64)
+    assert image.mean() == pytest.approx({"working": 50, "detail": 200}[taken] / 255)
+    assert (target[:, 32] == 1).sum() == pytest.approx(20 * scale, abs=1.5)
+
+
+def test_scales_are_drawn_from_the_whole_range():
+    crop = T.SegmentationPresetAnyCamera(None, 64, mean=(0.5,) * 3, std=(0.1,) * 3).transforms[0]
+    torch.manual_seed(0)
+    drawn = np.log([crop.draw_scale() for _ in range(2000)])
+    assert np.exp(drawn.min()) == pytest.approx(0.6, rel=0.01) and np.exp(drawn.max()) == pytest.approx(1.6, rel=0.01)
+    assert drawn.mean() == pytest.approx((np.log(0.6) + np.log(1.6)) / 2, abs=0.02)
+
+
 def test_center_crop():
     image = Image.fromarray(np.arange(36, dtype=np.uint8).reshape(6, 6))
     cropped, _ = T.CenterCrop(2)(image, image)
