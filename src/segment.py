@@ -226,7 +226,8 @@ def at_size(image: Tensor, share: float) -> Tensor:
     if share == 1:
         return image
     size = [max(1, round(side * share)) for side in image.shape[-2:]]
-    return F.interpolate(image, size, mode="bilinear", antialias=True)
+    on_host = image.cpu() if image.device.type == "mps" else image  # which has no such kernel in every version
+    return F.interpolate(on_host, size, mode="bilinear", antialias=True).to(image.device)
 
 
 @torch.inference_mode()
