@@ -199,16 +199,17 @@ class DriveDataset(Dataset):
                 )
 
     def __getitem__(self, idx: int) -> tuple[Any, Any]:
-        size, *detail = self.details[idx] if self.details else (None,)
         if self.on_device:
             image, label = self.on_device[idx]
         else:
             image, label = Image.fromarray(self.images[idx]), Image.fromarray(self.labels[idx])
-            detail = map(Image.fromarray, detail)
         if self.transforms is None:
             return image, label
-        if size is None:
+        if not self.details:
             return self.transforms(image, label)
+        size, *detail = self.details[idx]
+        if not self.on_device:
+            detail = map(Image.fromarray, detail)
         return self.transforms.of_two_sizes((1.0, image, label), (size, *detail))
 
     def __len__(self) -> int:

@@ -145,10 +145,10 @@ class RandomAffineCrop:
         """`scale`: what the shorter side is resized to, times itself; None: drawn."""
         height, width = F.get_size(image)
         zoom, angle, mirror, x, y = torch.rand(5).tolist()
-        if scale is not None:
-            shorter_side = scale * min(height, width)
+        if scale is None:
+            shorter_side = self._between(zoom, self.base_size or min(height, width))
         else:
-            shorter_side = self._between(zoom) * (self.base_size or min(height, width))
+            shorter_side = scale * min(height, width)
         side = self.size / shorter_side * min(height, width)  # of the square in the original picture, pixels
         cosine, sine = side * math.cos(2 * math.pi * angle), side * math.sin(2 * math.pi * angle)
         # Under rotation by any angle, mirroring along either axis gives the same set of squares.
@@ -187,11 +187,12 @@ class RandomAffineCrop:
 
     def draw_scale(self) -> float:
         """What the shorter side is to be resized to, times `base_size`."""
-        return self._between(float(torch.rand(())))
+        return self._between(float(torch.rand(())), 1.0)
 
-    def _between(self, place: float) -> float:
-        """From `smallest` at 0 to `largest` at 1."""
-        return self.smallest * (self.largest / self.smallest) ** place
+    def _between(self, place: float, base_size: float) -> float:
+        """From `smallest` at 0 to `largest` at 1, times `base_size`."""
+        min_size, max_size = self.smallest * base_size, self.largest * base_size
+        return min_size * (max_size / min_size) ** place
 
 
 def _smooth(points: Tensor, size: int) -> Tensor:

@@ -3,6 +3,7 @@
     python tests/benchmark.py [--device cpu] [--data-path FOLDER] [--repeats N] [other flags of train.py]
     python tests/benchmark.py --forward [...]         the forward pass alone, run in every way that there is
     python tests/benchmark.py --time-to-dice N --data-path FOLDER [...]        N seeds of --recipe quick
+    python tests/benchmark.py --folder FOLDER         a folder of photographs by predict.py, and its network alone
 
 Of the first, three processes measure in turn, so that whatever else the machine does slows all of them alike:
 - this project, as train.py (with these flags) and predict.py (in float32) run it;
@@ -48,6 +49,7 @@ import predict
 import train
 from my_dataset import DRIVE_FOV_DIAMETER, DriveDataset
 from src import Segmenter, create_model
+from src import segmenter as segmenter_module
 from src.inference import for_inference
 from src.masks import read_binary_mask
 from src.roi_mask import roi_mask_path
@@ -561,6 +563,30 @@ def times_to_dice(data_path: str, seeds: int, flags: Sequence[str]) -> str:
 # ---- taking turns
 
 
+def folder_of_photographs(folder: str, repeats: int) -> str:
+    """Seconds of a photograph in a folder by predict.py once it has started, and those of the network alone."""
+    seen, segment = [], segmenter_module.segment
+
+    def remember(*arguments: object, **keywords: object) -> Tensor:
+        seen.append((arguments, keywords))
+        return segment(*arguments, **keywords)
+
+    def predict_all() -> None:
+        with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(io.StringIO()):
+            predict.main(predict.parse_args(["--image", folder, "--output", output, "--device", "cpu"]))
+
+    segmenter_module.segment = remember
+    predict_all()  # also to warm up
+    segmenter_module.segment = segment
+    times = defaultdict(list)
+    for _ in range(repeats):
+        times["network"].append(seconds(lambda: [segment(*each, **keywords) for each, keywords in seen], CPU))
+        times["folder"].append(seconds(predict_all, CPU))
+    whole, network = (statistics.median(times[name]) / len(seen) for name in ("folder", "network"))
+    ratio = f"{whole / network:.2f} times the network's own time"
+    return f"{len(seen)} photographs, {show('', whole)} each, of the network alone {show('', network)}: {ratio}"
+
+
 class Measurer:
     """A process that measures what it is asked for."""
 
@@ -651,6 +677,9 @@ def main(args: argparse.Namespace) -> None:
             raise UsageError("--time-to-dice: needs photographs with labels; name their folder by --data-path")
         print(f"{describe(CPU)}\n\n{times_to_dice(args.data_path, args.time_to_dice, args.train_flags)}")
         return
+    if args.folder:
+        print(f"{describe(CPU)}: medians of {args.repeats}\n\n{folder_of_photographs(args.folder, args.repeats)}")
+        return
     with tempfile.TemporaryDirectory() as folder:
         data_path = args.data_path or str(write_synthetic_drive(folder, training=12 + VALIDATED, test=1))
         flags = ["--data-path", data_path, "--val-split", str(VALIDATED), *args.train_flags]
@@ -672,6 +701,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=at_least(1), default=5, help="measurements of each number")
     parser.add_argument("--forward", action="store_true", help="measure the forward pass in several ways, on the CPU")
     parser.add_argument("--time-to-dice", type=at_least(1), metavar="N", help="train N seeds of --recipe quick")
+    parser.add_argument("--folder", help="measure predict.py over the photographs in this folder, on the CPU")
     args, args.train_flags = parser.parse_known_args(argv)
     return args
 

@@ -56,6 +56,15 @@ def test_the_time_to_the_tutorials_dice(shared_drive, working_directory, capsys)
         assert float(seconds.removesuffix(" s ")) > 0.5 and 0 <= float(last) <= float(best) <= 1
 
 
+@pytest.mark.slow
+def test_a_folder_and_its_network(shared_drive, capsys):
+    folder = str(shared_drive / "DRIVE" / "test" / "images")
+    benchmark.main(benchmark.parse_args(["--folder", folder, "--repeats", "1"]))
+    line = capsys.readouterr().out.splitlines()[-1]
+    found = re.search(r"4 photographs, (\S+) m?s .* alone (\S+) m?s: (\S+) times", line)
+    assert found and float(found[3]) > 0.9
+
+
 def test_every_row_is_measured(flags):
     args, device = benchmark._settle(flags)
     project, naive = {}, {}
