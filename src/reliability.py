@@ -34,7 +34,8 @@ from .photograph import LARGE, ROWS_AT_ONCE
 from .segment import Votes
 
 # The expected Dice: a constant, and the weights of the agreement's log-odds and of the logarithm of the edges.
-CONSTANT, WEIGHT_OF_AGREEMENT, WEIGHT_OF_EDGES = -0.312, 0.245, 0.116
+OF_FLIPS = (-0.312, 0.245, 0.116)
+OF_SIZES = (-0.312, 0.245, 0.116)
 SMALLEST_DOUBT = 0.02  # added to agreement and disagreement, so that their ratio stays finite
 
 # Limits of the warnings. Behind them is what the study found: the 17 photographs as they are, then ARIA's.
@@ -55,7 +56,8 @@ def expected_dice(vessels: np.ndarray, field_of_view: np.ndarray, votes: Votes) 
         votes: of the views that the mask comes from.
     """
     agreement, edges = signals(vessels, field_of_view, votes)
-    return min(max(CONSTANT + WEIGHT_OF_AGREEMENT * agreement + WEIGHT_OF_EDGES * edges, 0.0), 1.0)
+    constant, of_agreement, of_edges = OF_SIZES if votes.of_sizes else OF_FLIPS
+    return min(max(constant + of_agreement * agreement + of_edges * edges, 0.0), 1.0)
 
 
 def signals(vessels: np.ndarray, field_of_view: np.ndarray, votes: Votes) -> tuple[float, float]:

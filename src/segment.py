@@ -52,10 +52,12 @@ class Votes:
     Attributes:
         count: float32 [h, w] of the resized photograph, on the CPU; None before.
         views: how many there are.
+        of_sizes: whether they differ in size, and not by flips alone.
     """
 
     count: Tensor | None = None
     views: int = 0
+    of_sizes: bool = False
 
 
 def normalise(photograph: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -280,7 +282,7 @@ def segment(
             mean_of_views = mean_of_views + found / len(shown)
             count += found.sum(dim=0) > 0.5
         if votes is not None:
-            votes.count, votes.views = count, len(shown)
+            votes.count, votes.views, votes.of_sizes = count, len(shown), True
         return mean_of_views
 
 

@@ -363,7 +363,9 @@ def test_scores_are_of_the_sizes_that_are_asked_for(shared_drive, weights, worki
     test_only(shared_drive, "my.pth", "--threshold", "auto", "--tta", "--tta-scales", "0.7", "1", "1.4")
     assert load_checkpoint("my.pth")["tta_scales"] == [0.7, 1, 1.4]  # stored with the threshold
     assert test_only(shared_drive, "my.pth")["tta_scales"] == [0.7, 1, 1.4]
-    assert test_only(shared_drive, "my.pth", "--no-tta")["tta_scales"] == [1]
+    assert test_only(shared_drive, "my.pth", "--no-tta", "--threshold", "auto")["tta_scales"] == [1]
+    stored = load_checkpoint("my.pth")  # where there is no mean, its sizes stay as they are
+    assert stored["tta"] is False and stored["tta_scales"] == [0.7, 1, 1.4]
 
 
 def test_a_threshold_is_not_stored_unless_chosen(shared_drive, weights, working_directory):

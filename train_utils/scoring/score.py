@@ -250,9 +250,8 @@ def _settle_threshold(
     files, held_out = _files_for_threshold(checkpoint, args)
     value = best_threshold(model, _open(files, checkpoint, how), device, **how)
     # The threshold holds with these views alone.
-    on_main_process(
-        add_to_checkpoint, checkpoint["path"], threshold=value, tta=how["tta"], tta_scales=list(how["scales"])
-    )
+    of_views = {"tta_scales": list(how["scales"])} if how["tta"] else {}
+    on_main_process(add_to_checkpoint, checkpoint["path"], threshold=value, tta=how["tta"], **of_views)
     return Threshold(value, f"auto: best Dice on {describe(files) if held_out else 'training'} photographs")
 
 
