@@ -46,6 +46,7 @@ class DriveDataset(Dataset):
             gives these, or the test photographs where there are none.
         num_classes: classes of the labels, without the background.
         fov_diameter: pixels across the field of view that each photograph is brought to; None: none is resized.
+        trained_scale: of the model that is to see them, see `src.segment.match_scale`; None for training.
         zoom: multiple of that size that the photographs are kept in.
         detail: multiple of that size that each photograph is kept in besides, for `transforms.of_two_sizes`; none is
             enlarged for it. None: there is one size.
@@ -91,6 +92,7 @@ class DriveDataset(Dataset):
         resize_labels: bool,
         num_classes: int = 1,
         fov_diameter: float | None = None,
+        trained_scale: float | None = None,
         zoom: float = 1.0,
         detail: float | None = None,
         prepare: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
@@ -101,7 +103,7 @@ class DriveDataset(Dataset):
         self.images: list[np.ndarray] = []  # uint8 [h, w, 3] each
         self.labels: list[np.ndarray] = []  # uint8 [H, W] each; for training of the image's size
         self.details: list[Detail] = []  # of each photograph, or none
-        self.scales: list[float] = []  # that bring the photographs to the working diameter
+        self.scales: list[float] = []  # that bring the photographs to the size to work at
         # For scores, not for training:
         self.classes: list[np.ndarray] = []  # uint8 [H, W] each: labels without OUTSIDE
         self.second_observers: list[np.ndarray | None] = []  # vessels, bool [H, W] each
@@ -109,7 +111,8 @@ class DriveDataset(Dataset):
         for item in self.files:
             photograph, classes, field_of_view = _read_photograph(item, num_classes)
             label = np.where(field_of_view, classes, OUTSIDE).astype(np.uint8)
-            scale = match_scale(field_of_view_diameter(field_of_view), fov_diameter) if fov_diameter else 1.0
+            diameter = field_of_view_diameter(field_of_view)
+            scale = match_scale(diameter, fov_diameter, trained_scale) if fov_diameter else 1.0
             if detail is not None:
                 of_detail = min(scale * detail, 1.0)
                 image = prepare_at_scale(photograph, field_of_view, of_detail, prepare)

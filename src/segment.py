@@ -20,13 +20,16 @@ SMALLEST_INPUT = 16  # pixels; the least side of the U-Net's input
 GRID = 32  # pixels; in tiles that begin at multiples of this, poolings group the same pixels as in the whole picture
 SAME_SCALE = 0.05
 LARGEST_SCALE = 4.0
+# A photograph that would be shrunk by more than this, compared with the training photographs, is shrunk by less: by the
+# geometric mean of both. MEASURED
+MORE_DETAIL = 1.5
 LARGEST_RESIZED = 180_000_000  # pixels, as of the largest file that is read; more would have the process ended
 
 # How fast the log-odds at which a vessel ends grow with the logarithm of the shrinking. Labels that were drawn in few
 # pixels are wide for them, so a photograph that is shrunk to these pixels gets vessels that are too wide. Measured with
 # a model of DRIVE on every fifth photograph of HRF: shrunk to 0.165, the best threshold is 0.8 (Dice 0.744, at 0.5
 # 0.699); on DRIVE itself it is 0.5.
-WIDENING = 0.75
+WIDENING = 1.1
 
 # Memory of a forward pass, measured on the U-Net: at most 43 bytes per pixel and channel at full resolution.
 BYTES_PER_PIXEL_AND_CHANNEL = 43
@@ -66,14 +69,19 @@ def normalise(photograph: np.ndarray, mean: Sequence[float], std: Sequence[float
     return ChannelNormalization(mean, std)(to_float(image))
 
 
-def match_scale(diameter: float, trained_diameter: float) -> float:
-    """The scale at which vessels are as wide as in the model's training photographs.
+def match_scale(diameter: float, trained_diameter: float, trained_scale: float | None = None) -> float:
+    """The scale at which a model is to see a photograph: its vessels are as wide as in the training photographs.
+
+    A photograph of far more pixels than these had is seen larger, because its fine vessels would be lost: MORE_DETAIL.
 
     Args:
         diameter: of the photograph's field of view, pixels.
         trained_diameter: that of the training photographs.
+        trained_scale: that these were resized by; None: unknown, and no photograph is seen larger.
     """
     scale = min(trained_diameter / diameter, LARGEST_SCALE) if diameter else 1.0  # more would add no detail
+    if trained_scale is not None:
+        scale *= math.sqrt(max(trained_scale / scale / MORE_DETAIL, 1.0))
     # Resampling blurs thin vessels, so small differences are ignored. Photographs of one camera differ by 1 or 2 %, and
     # a model that was trained at 0.5 to 1.2 times the size tolerates 5 %.
     return 1.0 if abs(scale - 1) <= SAME_SCALE else scale

@@ -115,7 +115,7 @@ class Segmenter:
         flips = self.checkpoint.get("tta", False) if flips is None else flips
         scales = self.checkpoint.get("tta_scales", ONE_SIZE) if flips and scale is None else ONE_SIZE
         if scale is None:
-            scale = match_scale(diameter, self.checkpoint["fov_diameter"])
+            scale = match_scale(diameter, self.checkpoint["fov_diameter"], self.checkpoint.get("trained_scale"))
         votes = Votes() if flips and self.checkpoint["model_args"]["num_classes"] == 2 else None
         normalised = functools.partial(prepare, normalization=normalization_of(self.checkpoint))
         working_probabilities = segment(

@@ -93,14 +93,15 @@ def dice_of(mask, truth, inside):
 def measure(photograph, truth, inside, model, checkpoint):
     """The true Dice, and all that the formula and the warnings use."""
     retina, votes = find_field_of_view(photograph), Votes()
-    scale = match_scale(field_of_view_diameter(retina), checkpoint["fov_diameter"])
+    diameter, trained_scale = field_of_view_diameter(retina), checkpoint.get("trained_scale")
+    scale = match_scale(diameter, checkpoint["fov_diameter"], trained_scale)
     normalised = functools.partial(prepare, normalization=normalization_of(checkpoint))
     scales = checkpoint.get("tta_scales", ONE_SIZE)
     prepared = prepare_at_scale(photograph, retina, scale * max(scales), normalised)  # as predict.py does
     mean, std = checkpoint["mean"], checkpoint["std"]
     probabilities = segment(model, prepared, mean, std, flips=True, scales=scales, votes=votes)
     probabilities = resize_probabilities(probabilities[None], photograph.shape[:2])[0]
-    mask = (classify(probabilities, 0.5, widening(scale, checkpoint.get("trained_scale"))) > 0) & retina
+    mask = (classify(probabilities, 0.5, widening(scale, trained_scale)) > 0) & retina
     share = mask.sum() / retina.sum()
     reliability = expected_dice(mask, retina, votes)
     return {

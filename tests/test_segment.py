@@ -132,6 +132,16 @@ def test_match_scale():
     assert match_scale(0, 540) == 1  # no field of view
 
 
+def test_photographs_of_far_more_pixels_are_seen_larger():
+    for diameter in (270, 540, 700, 800):
+        assert match_scale(diameter, 540, 1.0) == match_scale(diameter, 540)
+    assert match_scale(540 * 1.5 * 4, 540, 1.0) == pytest.approx(2 / 6)  # of 1.5 times the pixels, enlarged twice
+    scales = [match_scale(diameter, 540, 1.0) for diameter in (820, 1000, 2000, 4000)]
+    assert scales == sorted(scales, reverse=True)  # and never by more than before
+    assert match_scale(3240, 720, 720 / 3240) == 720 / 3240  # a model of such photographs
+    assert match_scale(3240, 720, None) == 720 / 3240  # the tutorial's
+
+
 @pytest.mark.parametrize("scale", [0.5, 0.37, 2.0])
 def test_scale(scale):
     model, photograph = Pixelwise(), smooth(120, 150)
@@ -349,7 +359,7 @@ def test_vessels_of_photographs_that_are_shrunk_more():
     """The log-odds of the threshold grow with the logarithm of the shrinking, never below those of the training."""
     assert widening(1.0, None) == widening(0.2, None) == 0  # weights of earlier versions, and the tutorial's
     assert widening(1.0, 1.0) == widening(0.96, 1.0) == widening(2.0, 1.0) == widening(0.3, 0.3) == 0
-    assert widening(0.5, 1.0) == pytest.approx(0.75 * math.log(2))
+    assert widening(0.5, 1.0) == pytest.approx(1.1 * math.log(2))
     assert widening(0.15, 0.3) == pytest.approx(widening(0.5, 1.0))
 
 

@@ -100,7 +100,6 @@ _TABLE: dict[str, tuple[Any, Any, Any, Any]] = {
     "dice_loss":       ("all",       "foreground", "foreground", "foreground"),
     "ema_decay":       (0.0,         0.98,         0.998,        0.998),
     "tta":             (None,        None,         True,         True),
-    "tta_scales":      (None,        None,         None,         (0.7, 1.0, 1.4)),
     "print_freq":      (1,           20,           20,           20),
 }  # fmt: skip
 

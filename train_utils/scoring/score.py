@@ -208,7 +208,8 @@ def _open(files: Sequence[LabelledPhotograph], checkpoint: Checkpoint, how: Mapp
     num_classes = checkpoint["model_args"]["num_classes"] - 1
     transform = get_transform(False, checkpoint["mean"], checkpoint["std"])
     as_trained = reading(normalization_of(checkpoint), checkpoint["fov_diameter"], num_classes)
-    return DriveDataset.of(files, transform, zoom=max(how["scales"]), **as_trained)
+    of_views = {"trained_scale": how["trained_scale"], "zoom": max(how["scales"])}
+    return DriveDataset.of(files, transform, **of_views, **as_trained)
 
 
 def _files_to_score(args: argparse.Namespace, checkpoint: Checkpoint | None = None) -> list[LabelledPhotograph]:
