@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .colours import prepare
 from .field_of_view import field_of_view_diameter, find_field_of_view
+from .freed_memory import give_back_freed_memory
 from .inference import for_inference
-from .photograph import read_photograph, to_rgb
+from .photograph import LARGE, read_photograph, to_rgb
 from .reliability import expected_dice
 from .segment import (
     ONE_SIZE,
@@ -26,6 +27,9 @@ from .segment import (
     widening,
 )
 from .weights import Checkpoint, load_model, normalization_of
+
+# Pixels; a photograph of more than LARGE takes so much memory itself that little is left for the network.
+TILE_OF_LARGE = 448
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "unet_fundus.pth"
 
@@ -101,7 +105,7 @@ class Segmenter:
             scale: factor to resize the photograph by; None: to the model's working diameter.
             flips: average over the sizes that the weights name, unless there is a `scale`; else over the four flips.
                 None: as the weights say.
-            tile, batch_size: as `src.segment.segment`.
+            tile, batch_size: as `src.segment.segment`; the default is tiles too where the photograph is very large.
 
         Raises:
             DatasetError: the file cannot be read.
@@ -116,6 +120,9 @@ class Segmenter:
         scales = self.checkpoint.get("tta_scales", ONE_SIZE) if flips and scale is None else ONE_SIZE
         if scale is None:
             scale = match_scale(diameter, self.checkpoint["fov_diameter"], self.checkpoint.get("trained_scale"))
+        large = image.shape[0] * image.shape[1] > LARGE
+        if tile is None and large:
+            tile = TILE_OF_LARGE
         votes = Votes() if flips and self.checkpoint["model_args"]["num_classes"] == 2 else None
         normalised = functools.partial(prepare, normalization=normalization_of(self.checkpoint))
         working_probabilities = segment(
@@ -130,6 +137,8 @@ class Segmenter:
             amp_dtype=self.amp_dtype,
             votes=votes,
         )
+        if large:
+            give_back_freed_memory()
         shift = widening(scale, self.checkpoint.get("trained_scale"))
         labels = np.empty(image.shape[:2], np.uint8)
         for rows, probabilities in probabilities_in_parts(working_probabilities, labels.shape):
