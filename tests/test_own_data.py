@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -185,6 +186,28 @@ def test_scores_and_predictions_agree_at_another_scale(large, working_directory,
     assert theirs == ours and 0 < ours["dice"] < 1
     assert report["field_of_view"]["model"]["pooled"]["roc_auc"] is None
     assert "scores of masks in masks on 6 labelled photographs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", [["1"], ["0.7", "1", "1.4"]])
+def test_scores_and_predictions_agree_on_a_camera_of_more_pixels(sizes, shared_drive, large, working_directory):
+    """Photographs of three times the diameter are seen at sqrt(3 / 1.5) times a third of their size."""
+    import predict
+
+    threshold = ["--threshold", "0.15"]
+    run(
+        "--data-path", shared_drive, "--epochs", 2, "--steps-per-epoch", 15, "--tta", "--tta-scales", *sizes, *threshold
+    )
+    weights = ["--weights", "out/best_model.pth", "--image", str(large / "images"), "--roi-mask", str(large / "masks")]
+    predict.main(predict.parse_args([*weights, "--output", "masks", *threshold]))
+    with open("masks/predictions.csv") as file:
+        scales = [float(row["scale"]) for row in csv.DictReader(file)]
+    assert scales == pytest.approx([math.sqrt(3 / 1.5) / 3] * 6, rel=0.02)
+    run("--data-path", large, "--test-only", "--resume", "out/best_model.pth", "--output-dir", "a", *threshold)
+    run("--data-path", large, "--test-only", "--masks", "masks", "--output-dir", "b")
+    ours, theirs = (json.loads(Path(folder, "scores.json").read_text())["each_photograph"] for folder in ("a", "b"))
+    assert len(ours) == 6 and any(0 < row["dice"] < 1 for row in ours)
+    for row, of_mask in zip(ours, theirs, strict=True):
+        assert row["dice"] == pytest.approx(of_mask["dice"], abs=1e-3)
 
 
 def test_wrong_masks(own, working_directory, capsys):
