@@ -205,12 +205,14 @@ def test_fine_tuning_starts_from_the_weights(shared_drive, working_directory, ca
         train.main(train.parse_args([*flags, "--data-path", str(shared_drive), "--output-dir", "out", "--overwrite"]))
         return load_checkpoint("out/last_model.pth")
 
-    first = run(*SMALL_RUN, "--epochs", "1", "--fov-diameter", "60", "--normalization", "local", "--fold", "1/2")
+    own = "--epochs 1 --fov-diameter 60 --normalization local --fold 1/2 --tta --tta-scales 1 1.4"
+    first = run(*SMALL_RUN, *own.split())
     kept = {name: value.clone() for name, value in first["model"].items()}
     Path("out/last_model.pth").rename("first.pth")
     small = [flag for flag in SMALL_RUN if flag not in ("--base-c", "4")]
     tuned = run(*small, "--epochs", "1", "--lr", "0", "--init-weights", "first.pth", "--fold", "1/2")
     assert tuned["args"]["base_c"] == 4 and tuned["fov_diameter"] == 60 and tuned["normalization"] == "local"
+    assert tuned["tta"] and tuned["tta_scales"] == [1, 1.4]
     assert tuned["epoch"] == 0 and tuned["trained_on"] == first["trained_on"]
     parameters = [name for name in kept if "running" not in name and "num_batches" not in name]
     assert all(torch.equal(tuned["model"][name], kept[name]) for name in parameters)

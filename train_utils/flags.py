@@ -95,8 +95,8 @@ def add_training_flags(parser: Parser) -> None:
         default="",
         metavar="FILE",
         help="start a new run from the weights of this file, for example to fine-tune pretrained/unet_fundus.pth; its "
-        "architecture, normalization and working diameter become the defaults. With --resume auto: for the first start "
-        "alone",
+        "architecture, normalization, working diameter and --tta become the defaults. With --resume auto: for the "
+        "first start alone",
     )
     group.add_argument(
         "--backbone-weights",
@@ -266,5 +266,6 @@ def _defaults_of_weights(path: str, parser: argparse.ArgumentParser) -> dict[str
         parser.error(f"argument --init-weights: {error}")
     model_args = checkpoint["model_args"]
     defaults = {name: checkpoint[name] for name in ("mean", "std", "normalization", "fov_diameter")}
+    defaults |= {name: checkpoint[name] for name in ("tta", "tta_scales") if name in checkpoint}
     defaults |= {"arch": model_args.get("arch", "unet"), "num_classes": model_args["num_classes"] - 1}
     return defaults | ({"base_c": model_args["base_c"]} if "base_c" in model_args else {})
