@@ -5,6 +5,7 @@ Every transform takes and returns `(image, target)`: PIL images, or `tv_tensors.
 pixel on the host, so a GPU never waits.
 """
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from my_dataset import OUTSIDE
-from src.colours import ChannelNormalization
+from src.colours import ChannelNormalization, to_float
 
 
 def _pad_if_smaller(image: Any, target: Any, size: int) -> tuple[Any, Any]:
@@ -201,10 +202,10 @@ def _smooth(points: Tensor, size: int) -> Tensor:
 
 
 class OtherCamera:
-    """Light, colours and sharpness as another camera, or another eye, could have given them; of the image alone.
+    """Light, colours, sharpness and JPEG traces as another camera, or another eye, could have given them.
 
-    The strengths are in standard deviations of the channels: what remains of the differences between cameras after each
-    photograph was normalised by its own statistics.
+    Of the image alone. The strengths are in standard deviations of the channels: what remains of the differences
+    between cameras after each photograph was normalised by its own statistics.
 
     Args:
         mean, std: of the channels, that the images were brought to.
@@ -219,7 +220,11 @@ class OtherCamera:
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape).to(device, non_blocking=True)
 
+        if float(torch.rand(())) < 0.3:
+            image = _compressed(image, quality=int(20 + 70 * float(torch.rand(()))))
         image = self.normalise(image)  # [3, H, W]
+        bend = (0.06 * draw(3, 1, 1)).clamp(-0.12, 0.12)  # of each channel's gamma
+        image = image + bend * (image.clamp(-4, 4) ** 2 - 1)
         mixing = torch.eye(3) + 0.15 * torch.randn(3, 3)  # of the channels
         image = (mixing.to(device, non_blocking=True) @ image.flatten(1)).view_as(image)
         contrast, light = 0.25 * draw(1, 1, 4, 4), 0.3 * draw(1, 1, 4, 4)
@@ -233,6 +238,13 @@ class OtherCamera:
         if noisy < 0.3:
             image = image + 0.5 * noise * draw(*image.shape)
         return image, target
+
+
+def _compressed(image: Tensor, quality: int) -> Tensor:
+    """An image, float32 [3, H, W] in [0, 1], as a JPEG file of a quality from 1 to 95 gives it back."""
+    file = io.BytesIO()
+    F.to_pil_image(F.to_dtype(image.clamp(0, 1), torch.uint8, scale=True).cpu()).save(file, "JPEG", quality=quality)
+    return to_float(F.pil_to_tensor(Image.open(file)).to(image.device))
 
 
 class ColorJitter:
