@@ -112,8 +112,7 @@ def prepare_at_scale(
 ) -> np.ndarray:
     """A photograph, uint8 [H, W, 3], prepared for a model and resized by a factor: uint8 [scale * H, scale * W, 3].
 
-    To a third of its size or less it is first shrunk by a whole number, to half as large again as what is wanted or a
-    little more, because preparing a large photograph takes long.
+    It is prepared in the smaller of the two sizes, because preparing a large photograph takes long.
 
     Args:
         field_of_view: bool [H, W].
@@ -122,15 +121,12 @@ def prepare_at_scale(
     Raises:
         MemoryError: it would have more than LARGEST_RESIZED pixels.
     """
-    height, width = photograph.shape[:2]
-    size = _resized((height, width), scale)
-    factor = max(1, math.floor(0.64 / scale)) if prepare is not None else 1
-    photograph = shrunk(photograph, factor)
+    size = _resized(photograph.shape[:2], scale)
+    if scale < 1:
+        photograph, field_of_view = _resize(photograph, size), nearest(field_of_view, size)
     if prepare is not None:
-        photograph = prepare(photograph, field_of_view[::factor, ::factor])
-    if scale == 1:
-        return photograph
-    return _resize(photograph, size, (0, 0, width / factor, height / factor))
+        photograph = prepare(photograph, field_of_view)
+    return _resize(photograph, size) if scale > 1 else photograph
 
 
 def _resized(size: Sequence[int], scale: float) -> tuple[int, int]:
@@ -141,12 +137,18 @@ def _resized(size: Sequence[int], scale: float) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _resize(
-    photograph: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
-) -> np.ndarray:
-    """What lies in `box` (left, top, right, bottom; None: all), resized to `size` (H, W)."""
+def _resize(photograph: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A photograph, uint8 [H, W, 3], in another size (h, w); one far larger is first shrunk by a whole number."""
+    height, width = photograph.shape[:2]
+    factor = max(1, math.floor(0.64 * height / size[0]))  # to half as large again as what is wanted, or a little more
+    box = (0, 0, width / factor, height / factor)
     # As the training preset resizes.
-    return np.array(Image.fromarray(photograph).resize(size[::-1], Image.Resampling.BILINEAR, box))
+    return np.array(Image.fromarray(shrunk(photograph, factor)).resize(size[::-1], Image.Resampling.BILINEAR, box))
+
+
+def nearest(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """A mask, bool [H, W], in another size (h, w)."""
+    return np.array(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
 def resize_probabilities(probabilities: Tensor, size: Sequence[int]) -> Tensor:
