@@ -201,6 +201,9 @@ def _smooth(points: Tensor, size: int) -> Tensor:
     return interpolate(points, (size, size), mode="bicubic", align_corners=True)
 
 
+LARGEST_BEND = 0.12  # of the levels by `_bent`; from 0.125 on their order would change
+
+
 class OtherCamera:
     """Light, colours, sharpness and JPEG traces as another camera, or another eye, could have given them.
 
@@ -223,8 +226,7 @@ class OtherCamera:
         if float(torch.rand(())) < 0.3:
             image = _compressed(image, quality=int(20 + 70 * float(torch.rand(()))))
         image = self.normalise(image)  # [3, H, W]
-        bend = (0.06 * draw(3, 1, 1)).clamp(-0.12, 0.12)  # of each channel's gamma
-        image = image + bend * (image.clamp(-4, 4) ** 2 - 1)
+        image = _bent(image, (0.06 * draw(3, 1, 1)).clamp(-LARGEST_BEND, LARGEST_BEND))
         mixing = torch.eye(3) + 0.15 * torch.randn(3, 3)  # of the channels
         image = (mixing.to(device, non_blocking=True) @ image.flatten(1)).view_as(image)
         contrast, light = 0.25 * draw(1, 1, 4, 4), 0.3 * draw(1, 1, 4, 4)
@@ -238,6 +240,11 @@ class OtherCamera:
         if noisy < 0.3:
             image = image + 0.5 * noise * draw(*image.shape)
         return image, target
+
+
+def _bent(image: Tensor, bend: Tensor) -> Tensor:
+    """Levels in standard deviations, as by another gamma: along a parabola that keeps -1 and 1, straight beyond 4."""
+    return image + bend * (image.clamp(-4, 4) ** 2 - 1)
 
 
 def _compressed(image: Tensor, quality: int) -> Tensor:

@@ -234,3 +234,25 @@ def test_any_camera_is_a_crop_of_the_photograph_and_its_label():
         assert torch.equal(image, again)
     assert min(seen) > 1  # standard deviations: vessels stay darker
     assert np.std(different) > 0.1 and np.std(seen) > 0.1  # the light and the contrast vary
+
+
+def test_jpeg_traces():
+    """Blocks of eight pixels, coarser at a lower quality; what is beyond the levels of a file is cut off."""
+    torch.manual_seed(0)
+    image = (0.5 + 0.1 * torch.randn(3, 64, 64)).clamp(0, 1)
+    fine, coarse = T._compressed(image, 95), T._compressed(image, 20)
+    assert fine.shape == image.shape and fine.dtype == torch.float32
+    assert (fine - image).square().mean() < (coarse - image).square().mean() < image.var()
+    step = (coarse[:, :, 1:] - coarse[:, :, :-1]).abs().mean(dim=(0, 1))  # [63]
+    inner = torch.arange(1, 64) % 8 != 0
+    assert step[~inner].mean() > 1.1 * step[inner].mean()
+    bright = T._compressed(torch.full((3, 16, 16), 1.2), 90)
+    torch.testing.assert_close(bright, torch.ones_like(bright), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("bend", [-T.LARGEST_BEND, T.LARGEST_BEND])
+def test_another_gamma_keeps_the_order_of_levels(bend):
+    levels = torch.linspace(-6, 6, 200)
+    bent = T._bent(levels, torch.tensor(bend))
+    assert bent.diff().min() > 0 and (bent - levels).abs().max() > 1
+    torch.testing.assert_close(T._bent(torch.tensor([-1.0, 1.0]), torch.tensor(bend)), torch.tensor([-1.0, 1.0]))
