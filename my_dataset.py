@@ -46,7 +46,8 @@ class DriveDataset(Dataset):
             gives these, or the test photographs where there are none.
         num_classes: classes of the labels, without the background.
         fov_diameter: pixels across the field of view that each photograph is brought to; None: none is resized.
-        trained_scale: of the model that is to see them, see `src.segment.match_scale`; None for training.
+        scale_of: of a photograph, uint8 [H, W, 3], and its field of view, bool [H, W], what it is resized by, in place
+            of what `fov_diameter` asks for, see `src.Segmenter.working_scale`; None for training.
         zoom: multiple of that size that the photographs are kept in.
         detail: multiple of that size that each photograph is kept in besides, for `transforms.of_two_sizes`; none is
             enlarged for it. None: there is one size.
@@ -92,7 +93,7 @@ class DriveDataset(Dataset):
         resize_labels: bool,
         num_classes: int = 1,
         fov_diameter: float | None = None,
-        trained_scale: float | None = None,
+        scale_of: Callable[[np.ndarray, np.ndarray], float] | None = None,
         zoom: float = 1.0,
         detail: float | None = None,
         prepare: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
@@ -111,8 +112,10 @@ class DriveDataset(Dataset):
         for item in self.files:
             photograph, classes, field_of_view = _read_photograph(item, num_classes)
             label = np.where(field_of_view, classes, OUTSIDE).astype(np.uint8)
-            diameter = field_of_view_diameter(field_of_view)
-            scale = match_scale(diameter, fov_diameter, trained_scale) if fov_diameter else 1.0
+            if scale_of is not None:
+                scale = scale_of(photograph, field_of_view)
+            else:
+                scale = match_scale(field_of_view_diameter(field_of_view), fov_diameter) if fov_diameter else 1.0
             if detail is not None:
                 of_detail = min(scale * detail, 1.0)
                 image = prepare_at_scale(photograph, field_of_view, of_detail, prepare)

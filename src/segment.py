@@ -148,7 +148,8 @@ def _resize(photograph: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def nearest(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """A mask, bool [H, W], in another size (h, w)."""
-    return np.array(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+    levels = Image.fromarray(mask.view(np.uint8))  # from a picture of one bit, true would not be 1 in memory
+    return np.array(levels.resize((size[1], size[0]), Image.Resampling.NEAREST)) > 0
 
 
 def resize_probabilities(probabilities: Tensor, size: Sequence[int]) -> Tensor:

@@ -2,8 +2,10 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from .field_of_view import field_of_view_diameter, find_field_of_view
 from .freed_memory import give_back_freed_memory
 from .inference import for_inference
 from .photograph import LARGE, read_photograph, to_rgb
-from .reliability import expected_dice
+from .reliability import agreement_of_views, expected_dice, is_rectangle
 from .segment import (
     ONE_SIZE,
     Votes,
@@ -30,6 +32,12 @@ from .weights import Checkpoint, load_model, normalization_of
 
 # Pixels; a photograph of more than LARGE takes so much memory itself that little is left for the network.
 TILE_OF_LARGE = 448
+
+# Shares of a field of view that a photograph without a border is tried as, besides the whole. Measured with the weights
+# in `pretrained` on squares cut out of ARIA, by the plain scale and by the one at which the flips agree best: see
+# `tests/close_up_study.py`.
+CLOSE_UPS = (0.7, 0.5, 0.35, 0.25)
+CLEARLY = 0.01  # by which the agreement at another scale must be higher
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "unet_fundus.pth"
 
@@ -119,26 +127,10 @@ class Segmenter:
         flips = self.checkpoint.get("tta", False) if flips is None else flips
         scales = self.checkpoint.get("tta_scales", ONE_SIZE) if flips and scale is None else ONE_SIZE
         if scale is None:
-            scale = match_scale(diameter, self.checkpoint["fov_diameter"], self.checkpoint.get("trained_scale"))
-        large = image.shape[0] * image.shape[1] > LARGE
-        if tile is None and large:
-            tile = TILE_OF_LARGE
+            scale = self.working_scale(image, retina)
         votes = Votes() if flips and self.checkpoint["model_args"]["num_classes"] == 2 else None
-        normalised = functools.partial(prepare, normalization=normalization_of(self.checkpoint))
-        working_probabilities = segment(
-            self.model,
-            prepare_at_scale(image, retina, scale * max(scales), normalised),
-            self.checkpoint["mean"],
-            self.checkpoint["std"],
-            tile=tile,
-            flips=flips,
-            scales=scales,
-            batch_size=batch_size,
-            amp_dtype=self.amp_dtype,
-            votes=votes,
-        )
-        if large:
-            give_back_freed_memory()
+        of_views = {"flips": flips, "scales": scales, "votes": votes}
+        working_probabilities = self._segment(image, retina, scale, tile=tile, batch_size=batch_size, **of_views)
         shift = widening(scale, self.checkpoint.get("trained_scale"))
         labels = np.empty(image.shape[:2], np.uint8)
         for rows, probabilities in probabilities_in_parts(working_probabilities, labels.shape):
@@ -146,6 +138,59 @@ class Segmenter:
         labels[~field_of_view] = 0
         reliability = expected_dice(labels > 0, field_of_view, votes) if votes else None
         return Segmentation(image, field_of_view, diameter, scale, working_probabilities, labels, reliability)
+
+    def working_scale(self, photograph: np.ndarray, retina: np.ndarray) -> float:
+        """What a photograph, uint8 [H, W, 3], is resized by for the model, so that its vessels are as wide as it knows.
+
+        That follows from the diameter of the retina, bool [H, W]. Where this has no round border the photograph may be
+        a close-up, and shows an unknown share of a field of view. Then it is the scale at which the four flips agree
+        best on the vessels, if that is clear.
+        """
+        scale = match_scale(
+            field_of_view_diameter(retina), self.checkpoint["fov_diameter"], self.checkpoint.get("trained_scale")
+        )
+        if not is_rectangle(retina) or self.checkpoint["model_args"]["num_classes"] > 2:
+            return scale
+
+        def agreement(scale: float) -> float:
+            votes = Votes()
+            self._segment(photograph, retina, scale, flips=True, votes=votes)
+            return agreement_of_views(votes, retina)
+
+        agreements = {tried: agreement(tried) for tried in (scale, *(scale * share for share in CLOSE_UPS))}
+        best = max(agreements, key=agreements.__getitem__)
+        return best if agreements[best] > agreements[scale] + CLEARLY else scale
+
+    def _segment(
+        self,
+        photograph: np.ndarray,
+        retina: np.ndarray,
+        scale: float,
+        *,
+        scales: Sequence[float] = ONE_SIZE,
+        tile: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """As `src.segment.segment`, of a photograph in its own size; its memory is given back if that is large."""
+        large = photograph.shape[0] * photograph.shape[1] > LARGE
+        probabilities = segment(
+            self.model,
+            prepare_at_scale(
+                photograph,
+                retina,
+                scale * max(scales),
+                functools.partial(prepare, normalization=normalization_of(self.checkpoint)),
+            ),
+            self.checkpoint["mean"],
+            self.checkpoint["std"],
+            scales=scales,
+            tile=TILE_OF_LARGE if large and tile is None else tile,
+            amp_dtype=self.amp_dtype,
+            **options,
+        )
+        if large:
+            give_back_freed_memory()
+        return probabilities
 
 
 def load_pretrained(weights: str | Path = PRETRAINED, device: str | torch.device = "cpu") -> Segmenter:

@@ -31,8 +31,8 @@ from src.reliability import (
     sharpness,
     signals,
 )
-from src.segment import ONE_SIZE, Votes, match_scale, prepare_at_scale, resize_probabilities, segment, widening
-from src.segmenter import classify
+from src.segment import ONE_SIZE, Votes, prepare_at_scale, resize_probabilities, segment, widening
+from src.segmenter import Segmenter, classify
 from src.weights import load_model, normalization_of
 
 LARGEST_DIAMETER = 1440
@@ -93,8 +93,10 @@ def dice_of(mask, truth, inside):
 def measure(photograph, truth, inside, model, checkpoint):
     """The true Dice, and all that the formula and the warnings use."""
     retina, votes = find_field_of_view(photograph), Votes()
-    diameter, trained_scale = field_of_view_diameter(retina), checkpoint.get("trained_scale")
-    scale = match_scale(diameter, checkpoint["fov_diameter"], trained_scale)
+    trained_scale, scale = (
+        checkpoint.get("trained_scale"),
+        Segmenter(model, checkpoint).working_scale(photograph, retina),
+    )
     normalised = functools.partial(prepare, normalization=normalization_of(checkpoint))
     scales = checkpoint.get("tta_scales", ONE_SIZE)
     prepared = prepare_at_scale(photograph, retina, scale * max(scales), normalised)  # as predict.py does

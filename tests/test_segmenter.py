@@ -1,6 +1,7 @@
 """A photograph in, its vessels out: from Python, through torch.hub, and with the weights that come with the project."""
 
 import hashlib
+import json
 import re
 import sys
 import types
@@ -195,6 +196,45 @@ def test_the_example_is_segmented(tmp_path, monkeypatch):
     with Image.open(PRETRAINED.parent / "example.jpg") as photograph:
         assert mask.shape == photograph.size[::-1] == Image.open("out/example_overlay.png").size[::-1]
     assert 0.05 < (mask == 255).mean() < 0.2
+
+
+# ---- close-ups
+
+
+@pytest.fixture(scope="module")
+def close_up():
+    """A square around the optic disc in the example, 0.16 of its diameter, and its vessels as found in the whole."""
+    whole = load_pretrained()(PRETRAINED.parent / "example.jpg")
+    square = slice(450, 750), slice(1350, 1650)
+    return whole.photograph[square].copy(), whole.vessels[square], whole.scale
+
+
+def test_a_close_up_is_seen_at_the_scale_of_its_vessels(close_up):
+    """The wide vessels, that are missed where it is taken for a whole field of view."""
+    photograph, truth, known = close_up
+    segmenter, inside = load_pretrained(), np.ones(truth.shape, bool)
+    found = segmenter(photograph)
+    assert found.field_of_view.all() and found.scale < 1.1 and known < 0.4 and 720 / 300 == 2.4
+    as_whole = dice(lambda *given: segmenter(*given, scale=2.4), photograph, truth, inside)
+    assert dice(segmenter, photograph, truth, inside) > as_whole + 0.2
+    # A border tells the scale; so does the flag.
+    rows, columns = np.mgrid[:300, :300] - 149.5
+    disc = rows**2 + columns**2 < 149**2
+    assert segmenter.working_scale(photograph, disc) == pytest.approx(2.4, rel=0.01)
+
+
+def test_scores_and_predictions_see_a_close_up_alike(close_up, tmp_path, monkeypatch):
+    photograph, truth, _ = close_up
+    monkeypatch.chdir(tmp_path)
+    for name, picture in (("images", photograph), ("labels", truth)):
+        Path(name).mkdir()
+        Image.fromarray(picture).save(f"{name}/01.png")
+    weights = ["--resume", str(PRETRAINED)]
+    train.main(train.parse_args(["--test-only", "--data-path", ".", "--output-dir", "scored", *weights]))
+    predict.main(predict.parse_args(["--weights", str(PRETRAINED), "--image", "images", "--output", "masks"]))
+    train.main(train.parse_args(["--test-only", "--data-path", ".", "--output-dir", "by_masks", "--masks", "masks"]))
+    ours, theirs = (json.loads(Path(name, "scores.json").read_text()) for name in ("scored", "by_masks"))
+    assert ours["each_photograph"] == theirs["each_photograph"]
 
 
 # ---- to go on from weights

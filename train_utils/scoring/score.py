@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from my_dataset import DriveDataset
+from src import Segmenter
 from src.dataset_files import (
     LabelledPhotograph,
     Split,
@@ -79,7 +80,7 @@ def score_weights(path: str | Path, device: torch.device, args: argparse.Namespa
     with explain_out_of_memory(smaller):
         model = build_model(checkpoint, device)
         threshold = _settle_threshold(model, checkpoint, device, args, how)
-        photographs = _open(files, checkpoint, how)
+        photographs = _open(files, model, checkpoint, how)
         if model.model_args["num_classes"] > 2:  # of two classes, the scores say themselves what is undefined
             photographs.require_classes(model.model_args["num_classes"] - 1)
         _report_faults(photographs)
@@ -203,13 +204,15 @@ def _how_to_measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[st
     return {"tta": tta, "scales": scales if tta else ONE_SIZE, "trained_scale": checkpoint.get("trained_scale")}
 
 
-def _open(files: Sequence[LabelledPhotograph], checkpoint: Checkpoint, how: Mapping[str, Any]) -> DriveDataset:
+def _open(
+    files: Sequence[LabelledPhotograph], model: nn.Module, checkpoint: Checkpoint, how: Mapping[str, Any]
+) -> DriveDataset:
     """Photographs as the model of a checkpoint is to see them, in the largest of the sizes."""
     num_classes = checkpoint["model_args"]["num_classes"] - 1
     transform = get_transform(False, checkpoint["mean"], checkpoint["std"])
     as_trained = reading(normalization_of(checkpoint), checkpoint["fov_diameter"], num_classes)
-    of_views = {"trained_scale": how["trained_scale"], "zoom": max(how["scales"])}
-    return DriveDataset.of(files, transform, **of_views, **as_trained)
+    scale_of = Segmenter(model, checkpoint).working_scale
+    return DriveDataset.of(files, transform, scale_of=scale_of, zoom=max(how["scales"]), **as_trained)
 
 
 def _files_to_score(args: argparse.Namespace, checkpoint: Checkpoint | None = None) -> list[LabelledPhotograph]:
@@ -249,7 +252,7 @@ def _settle_threshold(
     if args.threshold != "auto":
         return Threshold(args.threshold, "--threshold")
     files, held_out = _files_for_threshold(checkpoint, args)
-    value = best_threshold(model, _open(files, checkpoint, how), device, **how)
+    value = best_threshold(model, _open(files, model, checkpoint, how), device, **how)
     # The threshold holds with these views alone.
     of_views = {"tta_scales": list(how["scales"])} if how["tta"] else {}
     on_main_process(add_to_checkpoint, checkpoint["path"], threshold=value, tta=how["tta"], **of_views)
