@@ -339,7 +339,7 @@ class SegmentationPresetRotation(Compose):
 
 
 class SegmentationPresetAnyCamera(Compose):
-    """As the rotation preset, with more of what differs between cameras: scale, shape, light, colours, sharpness.
+    """As the rotation preset, with more of what differs between cameras: see `OtherCamera`, and scale and shape.
 
     The shorter side is 0.6 to 1.6 times `base_size`.
     """

@@ -265,7 +265,7 @@ def _defaults_of_weights(path: str, parser: argparse.ArgumentParser) -> dict[str
     except CheckpointError as error:
         parser.error(f"argument --init-weights: {error}")
     model_args = checkpoint["model_args"]
-    defaults = {name: checkpoint[name] for name in ("mean", "std", "normalization", "fov_diameter")}
+    defaults = {name: checkpoint[name] for name in ("mean", "std", "normalization")}
     defaults |= {name: checkpoint[name] for name in ("tta", "tta_scales") if name in checkpoint}
     defaults |= {"arch": model_args.get("arch", "unet"), "num_classes": model_args["num_classes"] - 1}
     return defaults | ({"base_c": model_args["base_c"]} if "base_c" in model_args else {})

@@ -8,7 +8,8 @@ from my_dataset import working_diameter
 from src import ARCHITECTURES
 from src.dataset_files import Split, find_parts
 from src.photograph import image_size
-from src.weights import Checkpoint
+from src.segment import match_scale
+from src.weights import Checkpoint, load_checkpoint
 
 from .command_line import UsageError
 from .distributed_utils import broadcast_object, gather_objects, is_main_process
@@ -49,7 +50,8 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
         if args.fov_diameter is None and "selected_on" in checkpoint:  # the tutorial's files do not hold it
             args.fov_diameter = checkpoint["fov_diameter"]
     if args.fov_diameter is None:
-        args.fov_diameter = working_diameter(split(args).divide(roots(args))[0])
+        diameter = working_diameter(split(args).divide(roots(args))[0])
+        args.fov_diameter = _diameter_to_go_on_at(args.init_weights, diameter) if args.init_weights else diameter
     if args.device_data is None:
         args.device_data = all(gather_objects(device.type == "cuda" and _photographs_fit(args, device)))
     if args.device_data:
@@ -59,6 +61,16 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
             args.tta = checkpoint.get("tta")
         if args.tta_scales is None:
             args.tta_scales = checkpoint.get("tta_scales")
+
+
+def _diameter_to_go_on_at(weights: str, diameter: float) -> float:
+    """The working diameter of weights, for photographs of a diameter; larger where they see these larger."""
+    checkpoint = load_checkpoint(weights)
+    plain, seen = (
+        match_scale(diameter, checkpoint["fov_diameter"], trained_scale)
+        for trained_scale in (None, checkpoint.get("trained_scale"))
+    )
+    return checkpoint["fov_diameter"] * seen / plain
 
 
 def _channels_last_is_faster(args: argparse.Namespace, device: torch.device) -> bool:
