@@ -20,7 +20,7 @@ from src.segmenter import PRETRAINED
 from src.weights import CheckpointError, load_checkpoint
 from tests.conftest import SMALL_RUN
 from tests.test_predict import make_model, save
-from train_utils import publish
+from train_utils import publish, settings
 from train_utils.synthetic_drive import synthetic_photograph
 
 PROJECT = Path(__file__).parents[1]
@@ -258,6 +258,19 @@ def test_fine_tuning_starts_from_the_weights(shared_drive, working_directory, ca
     assert all(torch.equal(tuned["model"][name], kept[name]) for name in parameters)
     with pytest.raises(CheckpointError, match="was trained on"):
         run(*small, "--epochs", "1", "--init-weights", "first.pth", "--fold", "2/2")
+
+
+@pytest.mark.parametrize(
+    ("trained_scale", "diameter", "expected"),
+    [(1.0, 560, 540), (1.0, 700, 540), (1.0, 3300, (540 * 3300 / 1.5) ** 0.5), (None, 3300, 540), (0.16, 3300, 540)],
+)
+def test_training_goes_on_at_the_size_at_which_the_weights_see_the_photographs(
+    trained_scale, diameter, expected, tmp_path
+):
+    """One of far more pixels than they were trained on is seen larger, and so it is trained on."""
+    own = {"trained_scale": trained_scale} if trained_scale else {}
+    path = save(tmp_path / "weights.pth", make_model(), fov_diameter=540.0, **own)
+    assert settings._diameter_to_go_on_at(str(path), diameter) == pytest.approx(expected)
 
 
 def test_weights_to_start_from_are_checked_with_the_flags(tmp_path, capsys):
