@@ -24,6 +24,7 @@ from src.field_of_view import DRIVE_FOV_DIAMETER as DRIVE_FOV_DIAMETER
 from src.field_of_view import field_of_view_diameter, find_field_of_view
 from src.masks import read_binary_mask, read_classes
 from src.photograph import read_photograph
+from src.reliability import is_rectangle
 from src.segment import match_scale, prepare_at_scale
 
 BACKGROUND, VESSEL, OUTSIDE = 0, 1, 255  # the values of a label; OUTSIDE the field of view nothing is learned or scored
@@ -104,6 +105,7 @@ class DriveDataset(Dataset):
         self.images: list[np.ndarray] = []  # uint8 [h, w, 3] each
         self.labels: list[np.ndarray] = []  # uint8 [H, W] each; for training of the image's size
         self.details: list[Detail] = []  # of each photograph, or none
+        self.without_border: list[bool] = []  # whether the photographs' fields of view have no round border
         self.scales: list[float] = []  # that bring the photographs to the size to work at
         # For scores, not for training:
         self.classes: list[np.ndarray] = []  # uint8 [H, W] each: labels without OUTSIDE
@@ -124,6 +126,7 @@ class DriveDataset(Dataset):
             photograph = prepare_at_scale(photograph, field_of_view, scale * zoom, prepare)
             if scale * zoom != 1 and resize_labels:
                 label = _resize_label(label, photograph.shape[:2])
+            self.without_border.append(is_rectangle(field_of_view))
             self.scales.append(scale)
             self.images.append(photograph)
             self.labels.append(label)
@@ -173,7 +176,17 @@ class DriveDataset(Dataset):
     def _of_root(self, root: Path) -> "DriveDataset":
         indices = [index for index, item in enumerate(self.files) if item.root == root]
         subset = copy.copy(self)
-        for name in ("files", "images", "labels", "details", "scales", "classes", "second_observers", "on_device"):
+        for name in (
+            "files",
+            "images",
+            "labels",
+            "details",
+            "without_border",
+            "scales",
+            "classes",
+            "second_observers",
+            "on_device",
+        ):
             values = getattr(self, name)
             setattr(subset, name, [values[index] for index in indices] if values else values)
         return subset
@@ -181,6 +194,10 @@ class DriveDataset(Dataset):
     def median_scale(self) -> float:
         """What the photographs were resized by: the median, or of several data sets the middle one of their medians."""
         return statistics.median_low(statistics.median(data.scales) for data in self.by_root().values())
+
+    def are_close_ups(self) -> bool:
+        """Whether most of the photographs show no border of the field of view."""
+        return sum(self.without_border) > len(self) / 2
 
     def vessel_shares(self) -> list[float]:
         """The share of each photograph's field of view that is vessel of any class; 0 of an empty one."""

@@ -339,7 +339,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--scale",
         default="auto",
         type=scale_or_auto,
-        help="factor to resize the photograph by; auto: match the field of view of the model's training photographs",
+        help="factor to resize the photograph by; auto: match the field of view of the model's training photographs; "
+        "without a border, by how well the flips agree",
     )
     add_switch(
         group,

@@ -2,7 +2,7 @@
 
 Every transform takes and returns `(image, target)`: PIL images, or `tv_tensors.Image` [C, H, W] with
 `tv_tensors.Mask` [H, W] on any device. All random numbers come from torch's global CPU generator. No transform reads a
-pixel on the host, so a GPU never waits.
+pixel on the host, so that a GPU never waits, except for the JPEG traces of `OtherCamera`.
 """
 
 import io

@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 
 from .field_of_view import field_of_view_diameter, shows_two_discs, shrunk
-from .photograph import ROWS_AT_ONCE
+from .photograph import LARGE, ROWS_AT_ONCE
 from .segment import Votes, nearest
 
 # The expected Dice: a constant, and the weights of the agreement's log-odds and of the logarithm of the edges.
@@ -110,7 +110,8 @@ def reasons_for_doubt(
     """
     no_border = is_rectangle(retina)
     # That takes a fraction of the time, and of 152 photographs of many cameras none got another warning by it.
-    shrink = max(1, math.floor(field_of_view_diameter(retina) / (2 * SHARP_DIAMETER)))
+    shrink = math.ceil(math.sqrt(retina.size / LARGE))
+    shrink = max(shrink, math.floor(field_of_view_diameter(retina) / (2 * SHARP_DIAMETER)))
     photograph, retina = shrunk(photograph, shrink), retina[::shrink, ::shrink]
     reasons = {
         "no border found": no_border,
@@ -128,7 +129,8 @@ def reasons_for_doubt(
 
 def is_rectangle(retina: np.ndarray) -> bool:
     """Whether a field of view fills the box around it: then no round border was found in the photograph."""
-    return np.count_nonzero(retina) == np.count_nonzero(retina.any(axis=1)) * np.count_nonzero(retina.any(axis=0))
+    rows, columns = np.count_nonzero(retina.any(axis=1)), np.count_nonzero(retina.any(axis=0))
+    return bool(np.count_nonzero(retina) == rows * columns)
 
 
 def brightness(photograph: np.ndarray, retina: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .colours import prepare
-from .field_of_view import field_of_view_diameter, find_field_of_view
+from .field_of_view import field_of_view_diameter, find_field_of_view, shows_two_discs
 from .freed_memory import give_back_freed_memory
 from .inference import for_inference
 from .photograph import LARGE, read_photograph, to_rgb
@@ -33,10 +33,8 @@ from .weights import Checkpoint, load_model, normalization_of
 # Pixels; a photograph of more than LARGE takes so much memory itself that little is left for the network.
 TILE_OF_LARGE = 448
 
-# Shares of a field of view that a photograph without a border is tried as, besides the whole. Measured with the weights
-# in `pretrained` on squares cut out of ARIA, by the plain scale and by the one at which the flips agree best: see
-# `tests/close_up_study.py`.
-CLOSE_UPS = (0.7, 0.5, 0.35, 0.25)
+# Shares of a field of view that a photograph without a border is tried as.
+SHARES = (1.0, 0.7, 0.5, 0.35, 0.25)
 CLEARLY = 0.01  # by which the agreement at another scale must be higher
 
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "unet_fundus.pth"
@@ -110,7 +108,7 @@ class Segmenter:
             retina: what scale and colours follow from, bool [H, W]; None: the field of view if that is given, else what
                 is found in the photograph.
             threshold: probability above which a pixel is a vessel, at the training photographs' scale.
-            scale: factor to resize the photograph by; None: to the model's working diameter.
+            scale: factor to resize the photograph by; None: see `working_scale`.
             flips: average over the sizes that the weights name, unless there is a `scale`; else over the four flips.
                 None: as the weights say.
             tile, batch_size: as `src.segment.segment`; the default is tiles too where the photograph is very large.
@@ -127,7 +125,7 @@ class Segmenter:
         flips = self.checkpoint.get("tta", False) if flips is None else flips
         scales = self.checkpoint.get("tta_scales", ONE_SIZE) if flips and scale is None else ONE_SIZE
         if scale is None:
-            scale = self.working_scale(image, retina)
+            scale = self.working_scale(image, retina, tile=tile, batch_size=batch_size)
         votes = Votes() if flips and self.checkpoint["model_args"]["num_classes"] == 2 else None
         of_views = {"flips": flips, "scales": scales, "votes": votes}
         working_probabilities = self._segment(image, retina, scale, tile=tile, batch_size=batch_size, **of_views)
@@ -139,27 +137,38 @@ class Segmenter:
         reliability = expected_dice(labels > 0, field_of_view, votes) if votes else None
         return Segmentation(image, field_of_view, diameter, scale, working_probabilities, labels, reliability)
 
-    def working_scale(self, photograph: np.ndarray, retina: np.ndarray) -> float:
+    def working_scale(
+        self, photograph: np.ndarray, retina: np.ndarray, *, tile: int | None = None, batch_size: int = 1
+    ) -> float:
         """What a photograph, uint8 [H, W, 3], is resized by for the model, so that its vessels are as wide as it knows.
 
         That follows from the diameter of the retina, bool [H, W]. Where this has no round border the photograph may be
-        a close-up, and shows an unknown share of a field of view. Then it is the scale at which the four flips agree
-        best on the vessels, if that is clear.
+        a close-up, and shows an unknown share of a field of view. Then five SHARES are tried, and the one is taken at
+        which the four flips agree best on the vessels, if they agree CLEARLY better than at the whole. That takes as
+        long as eight forward passes. It is not done for models that were trained on such photographs, or have more
+        than two classes.
+
+        Args:
+            tile, batch_size: as `src.segment.segment`.
+
+        Measured by `tests/close_up_study.py` with the weights in `pretrained` on squares cut out of ARIA.
         """
-        scale = match_scale(
-            field_of_view_diameter(retina), self.checkpoint["fov_diameter"], self.checkpoint.get("trained_scale")
+        diameter, trained_scale = field_of_view_diameter(retina), self.checkpoint.get("trained_scale")
+        whole, *others = (
+            match_scale(diameter / share, self.checkpoint["fov_diameter"], trained_scale) for share in SHARES
         )
-        if not is_rectangle(retina) or self.checkpoint["model_args"]["num_classes"] > 2:
-            return scale
+        cannot_be_chosen = self.checkpoint.get("close_ups", False) or self.checkpoint["model_args"]["num_classes"] > 2
+        if cannot_be_chosen or not is_rectangle(retina) or shows_two_discs(photograph, retina):
+            return whole
 
         def agreement(scale: float) -> float:
             votes = Votes()
-            self._segment(photograph, retina, scale, flips=True, votes=votes)
+            self._segment(photograph, retina, scale, flips=True, tile=tile, batch_size=batch_size, votes=votes)
             return agreement_of_views(votes, retina)
 
-        agreements = {tried: agreement(tried) for tried in (scale, *(scale * share for share in CLOSE_UPS))}
+        agreements = {scale: agreement(scale) for scale in (whole, *others)}
         best = max(agreements, key=agreements.__getitem__)
-        return best if agreements[best] > agreements[scale] + CLEARLY else scale
+        return best if agreements[best] > agreements[whole] + CLEARLY else whole
 
     def _segment(
         self,

@@ -4,12 +4,12 @@ A checkpoint is a dict of tensors and plain values with the tutorial's keys (`mo
 `epoch`, `args`, with AMP `scaler`) and this project's: `model_args` (of `src.create_model`), `mean` and `std` (how the
 photographs were normalised), `normalization` (unless it is "dataset", each was first brought to that mean and std, see
 `src.colours.prepare`), `fov_diameter` (the working diameter: pixels across the field of view that every photograph is
-brought to), `trained_scale` (what the training photographs were resized by for that), `trained_on` and
-`validated_on` (digests of the photographs' files), `best_dice`, `history` (the rows of the results files),
-`selected_on` (the photographs that the best epoch was chosen on), `tta` (whether to take the mean over views) and
-`tta_scales` (of these views, see `src.segment.views`). Two keys are optional: `training_model` (the weights to continue
-from, if `model` is an average) and `threshold` (the probability above which a pixel is a vessel, at the training
-photographs' scale). `src.checkpoint_values` has a rule for each value.
+brought to), `trained_scale` (what the training photographs were resized by for that), `close_ups` (whether most of them
+show no border of the field of view), `trained_on` and `validated_on` (digests of the photographs' files), `best_dice`,
+`history` (the rows of the results files), `selected_on` (the photographs that the best epoch was chosen on), `tta`
+(whether to take the mean over views) and `tta_scales` (of these views, see `src.segment.views`). Two keys are optional:
+`training_model` (the weights to continue from, if `model` is an average) and `threshold` (the probability above which a
+pixel is a vessel, at the training photographs' scale). `src.checkpoint_values` has a rule for each value.
 """
 
 import argparse

@@ -75,6 +75,8 @@ def main():
                 found[share].append(dices(photograph[part], truth[part], known, segmenter))
     print(f"{'share':>5}  squares  " + "".join(f"{name:>12}" for name in COLUMNS) + "  chosen - whole, standard error")
     for share, rows in found.items():
+        if len(rows) < 2:
+            continue
         rows = np.array(rows)
         gain = rows[:, 1] - rows[:, 0]
         print(

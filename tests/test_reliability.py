@@ -127,6 +127,20 @@ def test_reasons(retina):
     assert doubts(photograph, reliability=0.3) == ["low reliability"]
 
 
+@pytest.mark.parametrize("fault", [None, "blurred", "too dark", "of one colour"])
+def test_a_large_photograph_has_the_reasons_of_a_small_one(retina, fault):
+    """It is looked at in a smaller size."""
+    photograph, _, inside = retina
+    if fault == "blurred":
+        photograph = np.array(Image.fromarray(photograph).filter(ImageFilter.GaussianBlur(4)))
+    elif fault:
+        photograph = photograph // 8 if fault == "too dark" else np.full_like(photograph, 120)
+    large = np.array(Image.fromarray(photograph).resize((3600, 3400), Image.Resampling.BICUBIC))
+    mask = np.array(Image.fromarray(inside).resize((3600, 3400)))
+    small, large = (reasons_for_doubt(*seen, 0.1, 0.9) for seen in ((photograph, inside), (large, mask)))
+    assert (fault is None or fault in small) and large == small
+
+
 def test_two_discs_in_one_picture(synthetic):
     (first, _, inside), (second, _, _) = synthetic[:2]
     both = np.concatenate([first, second], axis=1)

@@ -214,13 +214,31 @@ def test_a_close_up_is_seen_at_the_scale_of_its_vessels(close_up):
     photograph, truth, known = close_up
     segmenter, inside = load_pretrained(), np.ones(truth.shape, bool)
     found = segmenter(photograph)
-    assert found.field_of_view.all() and found.scale < 1.1 and known < 0.4 and 720 / 300 == 2.4
+    assert found.field_of_view.all() and found.scale < 1.1 and known < 0.4
     as_whole = dice(lambda *given: segmenter(*given, scale=2.4), photograph, truth, inside)
     assert dice(segmenter, photograph, truth, inside) > as_whole + 0.2
     # A border tells the scale; so does the flag.
     rows, columns = np.mgrid[:300, :300] - 149.5
     disc = rows**2 + columns**2 < 149**2
     assert segmenter.working_scale(photograph, disc) == pytest.approx(2.4, rel=0.01)
+    assert segmenter.working_scale(photograph, np.zeros_like(disc)) == 1  # nothing to tell a scale by
+
+
+@pytest.mark.parametrize("trained_on", ["close-ups", "three classes", "both"])
+def test_some_models_see_a_close_up_as_a_whole(trained_on, tmp_path, photograph):
+    """Those that know close-ups by their frame, and those whose views cannot be counted."""
+    model = make_model() if trained_on == "close-ups" else make_model(num_classes=3)
+    own = {"close_ups": True} if trained_on != "three classes" else {}
+    segmenter = load_pretrained(save(tmp_path / "weights.pth", model, fov_diameter=45.0, **own))
+    segmenter._segment = None  # nothing is tried
+    assert segmenter.working_scale(np.zeros((80, 90, 3), np.uint8), np.ones((80, 90), bool)) == 0.5
+
+
+def test_training_tells_close_ups_from_whole_fields_of_view(shared_drive):
+    assert not DriveDataset(shared_drive, train=True).are_close_ups()
+    data = DriveDataset(shared_drive, train=True)
+    data.without_border = [True] * 4 + [False] * 2
+    assert data.are_close_ups()
 
 
 def test_scores_and_predictions_see_a_close_up_alike(close_up, tmp_path, monkeypatch):

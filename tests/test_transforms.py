@@ -236,6 +236,22 @@ def test_any_camera_is_a_crop_of_the_photograph_and_its_label():
     assert np.std(different) > 0.1 and np.std(seen) > 0.1  # the light and the contrast vary
 
 
+def test_another_camera_has_another_gamma_and_some_jpeg_traces(monkeypatch):
+    bends, qualities = [], []
+    bent, compressed = T._bent, T._compressed
+    monkeypatch.setattr(T, "_bent", lambda image, bend: bends.append(bend) or bent(image, bend))
+    monkeypatch.setattr(
+        T, "_compressed", lambda image, quality: qualities.append(quality) or compressed(image, quality)
+    )
+    camera = T.OtherCamera((0.5,) * 3, (0.1,) * 3)
+    torch.manual_seed(0)
+    for _ in range(60):
+        camera(torch.rand(3, 32, 32), torch.zeros(32, 32))
+    bends = torch.stack(bends)
+    assert bends.shape == (60, 3, 1, 1) and bends.abs().max() <= T.LARGEST_BEND and 0.04 < bends.std() < 0.07
+    assert 9 <= len(qualities) <= 27 and 20 <= min(qualities) < 40 and 70 < max(qualities) < 90
+
+
 def test_jpeg_traces():
     """Blocks of eight pixels, coarser at a lower quality; what is beyond the levels of a file is cut off."""
     torch.manual_seed(0)

@@ -80,7 +80,7 @@ def add_training_flags(parser: Parser) -> None:
         metavar="PIXELS",
         help="working diameter: the field of view that each photograph is resized to in training, validation, scores "
         "and predictions, unless it is within 5 percent of it. Stored with the weights (default: the median of the "
-        "training photographs, of several data sets the middle of their medians)",
+        "training photographs, of several data sets the middle of their medians; with --init-weights, theirs)",
     )
     add_normalization_flags(group, list(DRIVE_MEAN), list(DRIVE_STD), origin="Stored with the weights")
     group = parser.group("model")
@@ -95,8 +95,8 @@ def add_training_flags(parser: Parser) -> None:
         default="",
         metavar="FILE",
         help="start a new run from the weights of this file, for example to fine-tune pretrained/unet_fundus.pth; its "
-        "architecture, normalization, working diameter and --tta become the defaults. With --resume auto: for the "
-        "first start alone",
+        "architecture, normalization, working diameter (larger where these weights see the photographs larger), --tta "
+        "and --tta-scales become the defaults. With --resume auto: for the first start alone",
     )
     group.add_argument(
         "--backbone-weights",
@@ -266,6 +266,7 @@ def _defaults_of_weights(path: str, parser: argparse.ArgumentParser) -> dict[str
         parser.error(f"argument --init-weights: {error}")
     model_args = checkpoint["model_args"]
     defaults = {name: checkpoint[name] for name in ("mean", "std", "normalization")}
-    defaults |= {name: checkpoint[name] for name in ("tta", "tta_scales") if name in checkpoint}
+    if checkpoint.get("tta"):  # without it, what the recipe says
+        defaults |= {name: checkpoint[name] for name in ("tta", "tta_scales") if name in checkpoint}
     defaults |= {"arch": model_args.get("arch", "unet"), "num_classes": model_args["num_classes"] - 1}
     return defaults | ({"base_c": model_args["base_c"]} if "base_c" in model_args else {})

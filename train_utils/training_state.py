@@ -68,6 +68,7 @@ class TrainingState:
         trained_on: Sequence[LabelledPhotograph] = (),
         validated_on: Sequence[LabelledPhotograph] = (),
         trained_scale: float = 1.0,
+        close_ups: bool = False,
     ) -> None:
         self.model = model
         self.device = device
@@ -75,6 +76,7 @@ class TrainingState:
         self.trained_on = [item.digest for item in trained_on]
         self.validated_on = [item.digest for item in validated_on]
         self.trained_scale = trained_scale  # that the training photographs were resized by, in the median
+        self.close_ups = close_ups  # whether most of them show no border of the field of view
         self.steps_per_epoch = steps_per_epoch
         self.args = args
         self.averaged = _make_average(model, args.ema_decay)
@@ -132,6 +134,7 @@ class TrainingState:
             "tta_scales": list(self.args.tta_scales or ONE_SIZE),
             "fov_diameter": self.args.fov_diameter,
             "trained_scale": self.trained_scale,
+            "close_ups": self.close_ups,
             "best_dice": self.best_dice,
             "selected_on": self.selected_on,
             "trained_on": self.trained_on,
