@@ -118,10 +118,10 @@ def reasons_for_doubt(
         "two discs in one picture": shows_two_discs(photograph, retina),
         "of one colour": spread(photograph, retina) < LEAST_SPREAD,
         "too dark": brightness(photograph, retina) < LEAST_BRIGHTNESS,
-        # Without a border the size of details is unknown, as in a close-up.
+        # Without a border the size of details is unknown, as in a close-up, and the share of wide vessels too.
         "blurred": not no_border and sharpness(photograph, retina) < LEAST_SHARPNESS,
         "few vessels": vessel_share < FEW_VESSELS,
-        "unusual vessel share": vessel_share > MANY_VESSELS,
+        "unusual vessel share": not no_border and vessel_share > MANY_VESSELS,
         "low reliability": reliability is not None and reliability < LEAST_RELIABILITY,
     }
     return [reason for reason, applies in reasons.items() if applies]
