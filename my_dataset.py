@@ -176,17 +176,8 @@ class DriveDataset(Dataset):
     def _of_root(self, root: Path) -> "DriveDataset":
         indices = [index for index, item in enumerate(self.files) if item.root == root]
         subset = copy.copy(self)
-        for name in (
-            "files",
-            "images",
-            "labels",
-            "details",
-            "without_border",
-            "scales",
-            "classes",
-            "second_observers",
-            "on_device",
-        ):
+        lists = ("files", "images", "labels", "details", "without_border", "scales", "classes", "second_observers")
+        for name in (*lists, "on_device"):
             values = getattr(self, name)
             setattr(subset, name, [values[index] for index in indices] if values else values)
         return subset

@@ -93,10 +93,8 @@ def dice_of(mask, truth, inside):
 def measure(photograph, truth, inside, model, checkpoint):
     """The true Dice, and all that the formula and the warnings use."""
     retina, votes = find_field_of_view(photograph), Votes()
-    trained_scale, scale = (
-        checkpoint.get("trained_scale"),
-        Segmenter(model, checkpoint).working_scale(photograph, retina),
-    )
+    trained_scale = checkpoint.get("trained_scale")
+    scale = Segmenter(model, checkpoint).working_scale(photograph, retina)
     normalised = functools.partial(prepare, normalization=normalization_of(checkpoint))
     scales = checkpoint.get("tta_scales", ONE_SIZE)
     prepared = prepare_at_scale(photograph, retina, scale * max(scales), normalised)  # as predict.py does

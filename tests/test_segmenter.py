@@ -237,6 +237,7 @@ def test_some_models_see_a_close_up_as_a_whole(trained_on, tmp_path, photograph)
 def test_training_tells_close_ups_from_whole_fields_of_view(shared_drive):
     assert not DriveDataset(shared_drive, train=True).are_close_ups()
     data = DriveDataset(shared_drive, train=True)
+    assert len(data.without_border) == len(data) == 6
     data.without_border = [True] * 4 + [False] * 2
     assert data.are_close_ups()
 
