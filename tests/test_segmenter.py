@@ -271,7 +271,7 @@ def test_fine_tuning_starts_from_the_weights(shared_drive, working_directory, ca
     small = [flag for flag in SMALL_RUN if flag not in ("--base-c", "4")]
     tuned = run(*small, "--epochs", "1", "--lr", "0", "--init-weights", "first.pth", "--fold", "1/2")
     assert tuned["args"]["base_c"] == 4 and tuned["fov_diameter"] == 60 and tuned["normalization"] == "local"
-    assert tuned["tta"] and tuned["tta_scales"] == [1, 1.4]
+    assert tuned["tta"] and tuned["tta_scales"] == [1, 1.4] and tuned["close_ups"] is False
     assert tuned["epoch"] == 0 and tuned["trained_on"] == first["trained_on"]
     parameters = [name for name in kept if "running" not in name and "num_batches" not in name]
     assert all(torch.equal(tuned["model"][name], kept[name]) for name in parameters)
