@@ -48,7 +48,8 @@ class DriveDataset(Dataset):
         num_classes: classes of the labels, without the background.
         fov_diameter: pixels across the field of view that each photograph is brought to; None: none is resized.
         scale_of: of a photograph, uint8 [H, W, 3], and its field of view, bool [H, W], what it is resized by, in place
-            of what `fov_diameter` asks for, see `src.Segmenter.working_scale`; None for training.
+            of what `fov_diameter` asks for; None for training. A model sees other photographs at other scales, see
+            `src.Segmenter.working_scale`.
         zoom: multiple of that size that the photographs are kept in.
         detail: multiple of that size that each photograph is kept in besides, for `transforms.of_two_sizes`; none is
             enlarged for it. None: there is one size.

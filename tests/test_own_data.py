@@ -25,8 +25,9 @@ from tests.conftest import SMALL_RUN
 from tests.processes import in_processes
 from train_utils import fit, load_checkpoint, save_checkpoint
 from train_utils.command_line import run_script
-from train_utils.data_loading import TrainingSampler
+from train_utils.data_loading import TrainingSampler, open_datasets
 from train_utils.scoring import compare
+from train_utils.settings import settle
 from train_utils.synthetic_drive import write_synthetic_drive
 
 
@@ -658,3 +659,15 @@ def test_names_that_are_not_utf_8(working_directory, shared_drive):
 def test_paths_that_no_system_can_follow(working_directory, capsys, path):
     Path("loop").symlink_to("loop")
     assert path.partition("/")[0] in fails(capsys, "--data-path", path)
+
+
+def test_validation_sees_photographs_of_far_more_pixels_as_the_scores_do(drive, working_directory):
+    for path in (drive / "DRIVE" / "test").rglob("*.*"):
+        with Image.open(path) as image:
+            enlarged = image.resize((image.width * 3, image.height * 3), Image.Resampling.NEAREST)
+        enlarged.save(path)
+    args = train.parse_args(["--data-path", str(drive), "--device", "cpu", "--recipe", "quick"])
+    settle(args, torch.device("cpu"))
+    training, validated = open_datasets(args, torch.device("cpu"))
+    assert training.scales == [1.0] * 6
+    assert validated.scales == pytest.approx([(1 / 3 / 1.5) ** 0.5] * 4, rel=0.02)

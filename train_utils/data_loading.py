@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from my_dataset import DriveDataset
 from src.colours import Normalization, prepare
 from src.dataset_files import describe, root_names
+from src.field_of_view import field_of_view_diameter
+from src.segment import match_scale
 from transforms import get_transform
 
 from .command_line import UsageError
@@ -45,7 +47,11 @@ def open_datasets(args: argparse.Namespace, device: torch.device) -> tuple[Drive
         UsageError: they do not fit into the device's memory.
     """
     normalization = Normalization(args.normalization, args.mean, args.std)
-    datasets = []
+    datasets: list[DriveDataset] = []
+
+    def seen_by_the_model(_photograph: np.ndarray, field_of_view: np.ndarray) -> float:
+        return match_scale(field_of_view_diameter(field_of_view), args.fov_diameter, datasets[0].median_scale())
+
     for train in (True, False):
         transform = get_transform(train, args.mean, args.std, args.base_size, args.crop_size, args.augmentation)
         data = DriveDataset(
@@ -57,6 +63,7 @@ def open_datasets(args: argparse.Namespace, device: torch.device) -> tuple[Drive
             val_split=args.val_split,
             fold=fold(args),
             train_on_all=args.train_on_all,
+            scale_of=None if train else seen_by_the_model,
             **reading(normalization, args.fov_diameter, args.num_classes),
         )
         data.require_classes(args.num_classes)
