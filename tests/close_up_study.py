@@ -6,7 +6,7 @@ Of each photograph that the weights were not trained on, squares of three shares
 cut out, at places that are drawn. Where the program finds a border in one, it is left out. The table has the mean Dice
 of the others at the scale of a whole field of view, at the one that is chosen, and at that of the whole photograph,
 which a close-up does not tell; by the mean over flips. The last column is the chosen scale with the views of the
-weights, as predict.py does it. It takes 12 minutes for 48 photographs, on one core.
+weights, as predict.py does it. It takes half an hour for 48 photographs, on one core.
 """
 
 import argparse
