@@ -33,9 +33,9 @@ from .weights import Checkpoint, load_model, normalization_of
 # Pixels; a photograph of more than LARGE takes so much memory itself that little is left for the network.
 TILE_OF_LARGE = 448
 
-# Shares of a field of view that a photograph without a border is tried as. Measured by `tests/close_up_study.py` with the
-# weights in `pretrained`, on squares cut out of every fourth photograph of ARIA: mean Dice at the scale of the whole, at
-# the chosen one, at the true one; and what the choice gains, with its standard error:
+# Shares of a field of view that a photograph without a border is tried as. Measured by `tests/close_up_study.py` with
+# the weights in `pretrained`, on squares cut out of every fourth photograph of ARIA: mean Dice at the scale of the
+# whole, at the chosen one, at the true one; and what the choice gains, with its standard error:
 #     0.3 of the diameter     0.547    0.629    0.603    +0.081, 0.062
 #     0.45                    0.662    0.666    0.694    +0.005, 0.005
 #     0.65                    0.706    0.717    0.714    +0.011, 0.011
