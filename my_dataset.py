@@ -191,6 +191,10 @@ class DriveDataset(Dataset):
         """Whether most of the photographs show no border of the field of view."""
         return sum(self.without_border) > len(self) / 2
 
+    def what_a_model_knows(self) -> dict[str, float | bool]:
+        """What a model that is trained on these photographs must know of their size, by its checkpoint's keys."""
+        return {"trained_scale": self.median_scale(), "close_ups": self.are_close_ups()}
+
     def vessel_shares(self) -> list[float]:
         """The share of each photograph's field of view that is vessel of any class; 0 of an empty one."""
         inside = [label[label != OUTSIDE] for label in self.labels]

@@ -59,16 +59,8 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
     with explain_out_of_memory("lower --base-c, or use another --arch"):
         raw_model = create_model(**model_arguments(args)).to(device, memory_format=memory_format(args))
     model = wrap(raw_model, args)
-    state = TrainingState(
-        raw_model,
-        device,
-        len(train_loader),
-        args,
-        train_data.files,
-        val_data.files,
-        trained_scale=train_data.median_scale(),
-        close_ups=train_data.are_close_ups(),
-    )
+    files = train_data.files, val_data.files
+    state = TrainingState(raw_model, device, len(train_loader), args, *files, **train_data.what_a_model_knows())
     record = functools.partial(record_run, args, device, train_data.files, val_data.files, checkpoint)
     best_dice = fit(model, state, train_loader, val_loaders, checkpoint, record)
     conclude_training(device, args, best_dice)
