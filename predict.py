@@ -6,17 +6,19 @@ import src.threads  # noqa: F401  # before torch is imported
 
 import argparse
 import functools
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+
 from src import Segmenter
 from src.errors import DatasetError
 from src.photograph import LARGE, PhotographError, page_and_pages, pixel_count, read_photograph, require_file
+from src.places import Places
 from src.reliability import reasons_for_doubt
 from src.roi_mask import choose_field_of_view, require_roi_mask, roi_mask_path
 from src.segmenter import PRETRAINED
@@ -53,7 +55,7 @@ from train_utils.prediction_table import COLUMNS, DIGESTS, FACTS, PredictionTabl
 TRAINED = Path("save_weights", "best_model.pth")
 AT_ONCE = 2  # photographs that are worked on at once
 
-_PLACES, _NEXT = threading.Semaphore(AT_ONCE), threading.Lock()
+_PLACES = Places(AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,11 @@ def segment_all(
     jobs = [(path, mask, rows.former(mask)) for path, mask in zip(photographs, masks, strict=True)]
     done: list[Outcome] = []
     started, new = time.perf_counter(), 0
+    threads = torch.get_num_threads()
+    share = threads // AT_ONCE if len(jobs) > 1 and threads % AT_ONCE == 0 else threads
 
     def work(job: tuple[Path, Path, Row | None]) -> Outcome:
+        torch.set_num_threads(share)  # of this thread
         return work_on(*job, segmenter, settings, args, brief=len(jobs) > 1)
 
     def tell_of_stop() -> None:
@@ -137,6 +142,7 @@ def segment_all(
         print(f"stopped after {len(done)} of {len(jobs)} photographs; the same command goes on from here")
         raise
     finally:
+        torch.set_num_threads(threads)  # of those that begin later
         if args.report:
             told = [one.row | {"file": one.path} for one in done if not one.error]
             failures = {one.path: one.error for one in done if one.error}
@@ -175,7 +181,8 @@ def work_on(
             if same and all(picture.exists() for picture in picture_paths(mask, args)):
                 line = f"{path.name}: segmented before" if brief else f"{path}: segmented before -> {mask}"
                 return Outcome(path, former, line, kept=True)
-        with alone_if_large(path):
+        # Two large ones at once may not fit into memory.
+        with _PLACES.taken(AT_ONCE if pixel_count(path) > LARGE else 1):
             prediction = predict(path, segmenter, args)
             with memory_for(path):
                 write_pictures(prediction, mask, args)
@@ -191,19 +198,6 @@ def work_on(
     except DatasetError as error:
         row["error"] = printable(str(error))
         return Outcome(path, row, f"failed: {error}", error=str(error))
-
-
-@contextmanager
-def alone_if_large(path: Path) -> Iterator[None]:
-    """Work on a photograph beside another one; on a LARGE one alone, since two of them may not fit into memory."""
-    places = AT_ONCE if pixel_count(path) > LARGE else 1
-    with _NEXT:  # one after the other, so that two large ones do not each hold a place and wait for a second
-        for _ in range(places):
-            _PLACES.acquire()
-    try:
-        yield
-    finally:
-        _PLACES.release(places)
 
 
 def digests(path: Path, settings: str, args: argparse.Namespace) -> Row:

@@ -113,7 +113,7 @@ def field_of_view_diameter(field_of_view: np.ndarray) -> float:
     """
     sides = []
     for axis in (0, 1):
-        counts = np.count_nonzero(field_of_view, axis=axis)
+        counts = field_of_view.sum(axis=axis, dtype=np.uint32)
         reached = np.flatnonzero(counts > counts.max() / 100)
         sides.append(reached[-1] - reached[0] + 1 if len(reached) else 0)
     return float(max(sides))

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .colours import ChannelNormalization, to_float
 from .field_of_view import shrunk
 from .photograph import LARGE, ROWS_AT_ONCE
+from .places import Places
 
 SMALLEST_INPUT = 16  # pixels; the least side of the U-Net's input
 GRID = 32  # pixels; in tiles that begin at multiples of this, poolings group the same pixels as in the whole picture
@@ -42,8 +42,9 @@ SMALLEST_TILE = 128
 FLIPS = ((), (-1,), (-2,), (-2, -1))
 ONE_SIZE = (1.0,)  # the working size alone
 
-# The network has the memory and the processor to itself, while other threads read, prepare and write photographs.
-_NETWORK = threading.Lock()
+# A network has the processor to itself, while other threads read, prepare and write photographs. Two that keep to half
+# of its threads each run at once: then none waits for the other, and on two cores a folder takes a tenth less.
+_THREADS, _NETWORKS = torch.get_num_threads(), Places(2)
 
 Flip = tuple[int, ...]  # dimensions of [C, H, W] to mirror
 View = tuple[int, int, Flip]  # row and column of a tile, and its flip
@@ -282,7 +283,8 @@ def segment(
         side = _tile_for_memory(model, *size, len(turns), batch_size) if tile is None else tile
         return _blend(model, crop, size, side, turns, batch_size, amp_dtype, votes)
 
-    with _NETWORK:
+    halves = next(model.parameters()).device.type == "cpu" and 2 * torch.get_num_threads() <= _THREADS
+    with _NETWORKS.taken(1 if halves else 2):
         if not flips or len(scales) == 1:
             return blend(lambda *part: normalise(photograph[part], mean, std), size, turns, votes)
         image = normalise(photograph, mean, std)[None]

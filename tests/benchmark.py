@@ -565,6 +565,7 @@ def times_to_dice(data_path: str, seeds: int, flags: Sequence[str]) -> str:
 
 def folder_of_photographs(folder: str, repeats: int) -> str:
     """Seconds of a photograph in a folder by predict.py once it has started, and those of the network alone."""
+    keep_freed_memory()  # as predict.py does
     seen, segment = [], segmenter_module.segment
 
     def remember(*arguments: object, **keywords: object) -> Tensor:

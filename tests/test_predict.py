@@ -1161,3 +1161,23 @@ def test_a_large_photograph_is_worked_on_alone(tmp_path, weights, photographs, m
     monkeypatch.setattr(predict, "predict", watched)
     run("--weights", weights, "--image", photographs, "--output", tmp_path / "masks")
     assert max(most) == at_once and len(most) == len(list(photographs.glob("*.png")))
+
+
+@pytest.mark.parametrize(("threads", "each"), [(1, 1), (2, 1), (3, 3), (4, 2)])
+def test_the_photographs_of_a_folder_share_the_threads(tmp_path, weights, photographs, monkeypatch, threads, each):
+    seen, segmented, before = [], predict.predict, torch.get_num_threads()
+
+    def watched(*args):
+        seen.append(torch.get_num_threads())
+        return segmented(*args)
+
+    monkeypatch.setattr(predict, "predict", watched)
+    torch.set_num_threads(threads)
+    try:
+        run("--weights", weights, "--image", photographs, "--output", tmp_path / "masks")
+        run("--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "one.png")
+        assert seen == [each] * (len(seen) - 1) + [threads]  # one alone has them all
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(pixels(tmp_path / "one.png"), pixels(tmp_path / "masks" / "01_vessels.png"))

@@ -1,4 +1,6 @@
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -381,3 +383,24 @@ def test_a_photograph_is_prepared_at_the_working_scale(scale):
     assert np.percentile(difference, 99) <= 5 and difference.mean() < 1  # at the rim it is more
     shifted = np.abs(np.roll(found, 1, axis=0).astype(int) - expected)[inner].mean()
     assert difference.mean() < shifted / 4
+
+
+@pytest.mark.parametrize(("threads", "at_once"), [(1, 1), (2, 2)])
+def test_networks_that_share_the_threads_run_at_once(monkeypatch, threads, at_once):
+    """Of these threads each pass has one."""
+    both, most = threading.Barrier(2), []
+
+    class Waiting(Pixelwise):
+        def forward(self, x):
+            try:
+                both.wait(timeout=5 if at_once == 2 else 0.5)
+                most.append(2)
+            except threading.BrokenBarrierError:
+                most.append(1)
+            return super().forward(x)
+
+    monkeypatch.setattr(segment_module, "_THREADS", threads)
+    with ThreadPoolExecutor(2) as pool:
+        passes = [pool.submit(segment, Waiting(), noise(20, 20), DRIVE_MEAN, DRIVE_STD) for _ in range(2)]
+        assert torch.equal(passes[0].result(), passes[1].result())
+    assert most == [at_once] * 2

@@ -15,6 +15,7 @@ from src.photograph import PhotographError
 # glibc's parameters, from malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
+M_ARENA_MAX = -8
 
 # How the allocators of the CPU (also on Windows) and of MPS, and CUDA's libraries, say that memory is short.
 _SHORT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|ALLOC_FAILED")
@@ -56,6 +57,7 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)  # allocate large blocks on the heap, too
         mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
+        mallopt(M_ARENA_MAX, 1)  # one heap for all threads: what one of them has freed, another can use
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import argparse
 import functools
 import hashlib
 import os
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -201,21 +202,23 @@ def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace)
     if args.overlay or args.report:
         overlay = draw_overlay(prediction)
         if args.overlay:
-            _write_png(beside(mask, "overlay"), overlay)
+            _write_png(beside(mask, "overlay"), overlay, compress_level=COMPRESSION)
         if args.report:
             write_thumbnail(overlay_thumbnail, overlay)
         del overlay
     if prediction.labels.size > LARGE:
         give_back_freed_memory()
     if args.save_prob:
-        _write_png(beside(mask, "probability"), draw_probability(prediction))
+        _write_png(beside(mask, "probability"), draw_probability(prediction), compress_level=COMPRESSION)
     two_classes = len(prediction.working_probabilities) == 1
-    _write_png(mask, Image.fromarray(prediction.labels * np.uint8(255) if two_classes else prediction.labels))
+    # By runs of one value: a mask takes a tenth less time than by COMPRESSION, and its file is half as large.
+    picture = Image.fromarray(prediction.labels * np.uint8(255) if two_classes else prediction.labels)
+    _write_png(mask, picture, compress_type=zlib.Z_RLE)
 
 
-def _write_png(path: Path, picture: Image.Image) -> None:
+def _write_png(path: Path, picture: Image.Image, **how: int) -> None:
     with replace_whole(path) as file:
-        picture.save(file, format="PNG", compress_level=COMPRESSION)
+        picture.save(file, format="PNG", **how)
 
 
 def draw_overlay(prediction: Prediction) -> Image.Image:
