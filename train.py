@@ -6,6 +6,7 @@ import src.threads  # noqa: F401  # before torch is imported
 
 import argparse
 import functools
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from src import create_model
 from src.dataset_files import find_parts
 from src.errors import DatasetError
-from train_utils.checkpoint import BEST_MODEL
+from train_utils.checkpoint import BEST_MODEL, LAST_MODEL
 from train_utils.command_line import Parser, UsageError, at_least, run_script, select_device
 from train_utils.data_loading import make_loaders, open_datasets
 from train_utils.files import make_output_folder
@@ -68,12 +69,12 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
     record = functools.partial(record_run, args, device, train_data.files, val_data.files, checkpoint)
     best_dice = fit(model, state, train_loader, val_loaders, checkpoint, record)
     conclude_training(device, args, best_dice)
-    if args.demo:
+    if args.demo and val_data.files:
         photograph, roi_mask = val_data.files[0].photograph, val_data.files[0].roi_mask
-        print(
-            f"now try: python predict.py --weights {Path(args.output_dir, BEST_MODEL)} --image {photograph} "
-            f"--roi-mask {roi_mask} --output {Path(args.output_dir, photograph.stem)}_vessels.png"
-        )
+        weights = Path(args.output_dir, BEST_MODEL if args.save_best else LAST_MODEL)
+        flags = ["--weights", weights, "--image", photograph, *(["--roi-mask", roi_mask] if roi_mask else [])]
+        output = Path(args.output_dir, f"{photograph.stem}_vessels.png")
+        print(f"now try: {shlex.join(map(str, ['python', 'predict.py', *flags, '--output', output]))}")
 
 
 def make_demo_data(root: str | list[str]) -> None:

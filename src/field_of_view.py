@@ -62,6 +62,7 @@ BAR_STEP = 0.15  # least step
 BAR_NOISE = 3  # least step, in medians of the steps elsewhere
 BAR_SHARE = 0.85  # of a chord that must step
 LEAST_CHORD = 0.25  # of the longest chord: along shorter ones, the rim itself looks straight
+LEAST_LEFT = 1 / 6  # of the frame that two cuts leave; what leaves less is the line between two pictures in one
 
 # Two discs in one picture.
 SPLIT_FRAME, SPLIT_DISC = 1.2, 1.45  # least sides' ratio of a frame without a rim, and of the box around an ellipse
@@ -391,7 +392,8 @@ def _cuts(strip: np.ndarray, x0: float, y0: float, a: float, b: float) -> tuple[
     first, last = rows[rows < middle][-1:], rows[rows >= middle][:1]
     near = [np.arange(max(0, row - 3), min(height, row + 4)) for row in (*first, *last)]
     largest = [int(rows[total[rows].argmax()]) for rows in near]
-    return largest[0] if len(first) else 0, largest[-1] if len(last) else height
+    begin, end = largest[0] if len(first) else 0, largest[-1] if len(last) else height
+    return (begin, end) if end - begin > LEAST_LEFT * height else (0, height)
 
 
 def _half_chords(height: int, y0: float, a: float, b: float) -> np.ndarray:

@@ -31,8 +31,6 @@ IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in
 ROWS_AT_ONCE = 256
 LARGE = 40_000_000  # pixels; of photographs of more, what is not drawn is found at a smaller size, to save memory
 
-_WARNINGS = threading.RLock()  # `catch_warnings` changes the whole process, and threads read photographs at once
-
 
 class PhotographError(DatasetError):
     """An image file cannot be used as a photograph; the message names it, what was found and what to do."""
@@ -99,18 +97,40 @@ def page_and_pages(path: str | Path) -> tuple[int, int]:
         return image.tell() + 1, len(_pages(path)) if image.format == "TIFF" else 1
 
 
+class _NoWarnings:
+    """Without warnings as long as any thread is inside: `catch_warnings` changes the whole process."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._caught = threading.Lock(), 0, None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._caught.__exit__(*error)
+
+
+_no_warnings = _NoWarnings()
+
+
 @contextmanager
 def _open(path: str | Path) -> Iterator[Image.Image]:
     """Open an image file, at its largest page; whatever goes wrong meanwhile is the file's fault."""
     require_file(path)
     try:
-        with _WARNINGS, warnings.catch_warnings():
-            # Pillow warns of odd metadata, and from 90 megapixels on; it refuses from 180.
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=list(FORMATS)) as image:
-                if image.format == "TIFF" and len(pages := _pages(path)) > 1:
-                    image.seek(pages.index(max(pages)))
-                yield image
+        # Pillow warns of odd metadata, and from 90 megapixels on; it refuses from 180.
+        with _no_warnings, Image.open(path, formats=list(FORMATS)) as image:
+            if image.format == "TIFF" and len(pages := _pages(path)) > 1:
+                image.seek(pages.index(max(pages)))
+            yield image
     except UnidentifiedImageError as error:
         *first, last = (suffixes[0].removeprefix(".") for suffixes in FORMATS.values())
         raise PhotographError(f"{path}: not an image of a known format; give {', '.join(first)} or {last}") from error

@@ -192,3 +192,24 @@ def test_sizes_agree(synthetic):
     photograph, _, truth = synthetic[0]
     large = np.array(Image.fromarray(photograph).resize((3600, 3400), Image.Resampling.BICUBIC))
     assert overlap(find_field_of_view(large), truth.repeat(10, 0).repeat(10, 1)) > 0.98
+
+
+@pytest.mark.parametrize("gap", [0, 4, 10, 30, 60])
+@pytest.mark.parametrize("cropped", [False, True])
+def test_two_photographs_in_one_picture(synthetic, gap, cropped):
+    """The line between them is neither a bar nor the field of view."""
+    parts = [photograph[90:260, 90:260] if cropped else photograph for photograph, _, _ in synthetic]
+    for first, second in zip(parts, parts[1:], strict=False):
+        for axis, size in ((1, (len(first), gap, 3)), (0, (gap, first.shape[1], 3))):
+            for level in (0, 255):
+                picture = np.concatenate([first, np.full(size, level, np.uint8), second], axis=axis)
+                assert np.mean(find_field_of_view(picture)) > 0.2
+
+
+def test_a_step_in_the_middle():
+    noise = np.random.default_rng(0).integers(0, 8, (600, 800, 3), dtype=np.uint8)
+    for picture in (noise + np.uint8(60), (noise + np.uint8(60)).transpose(1, 0, 2).copy()):
+        for side in (slice(400, None), slice(401, None), slice(399, None)):
+            stepped = picture.copy()
+            (stepped if len(picture) == 800 else stepped.transpose(1, 0, 2))[side] += 120
+            assert find_field_of_view(stepped).mean() > 0.4

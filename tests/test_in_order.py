@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from train_utils.in_order import in_order
+from train_utils.in_order import MOST_HELD, in_order
 
 
 def test_the_order_stays_and_two_are_worked_on_at_once():
@@ -33,11 +33,34 @@ def test_items_are_taken_one_ahead():
             taken.append(item)
             yield item
 
-    results = in_order(lambda item: item, items())
+    def work(item):
+        time.sleep(0.05)
+        return item
+
+    results = in_order(work, items())
     assert next(results) == 0 and len(taken) == 2
     assert next(results) == 1 and len(taken) == 3
     results.close()
     assert len(taken) == 3
+
+
+def test_the_other_thread_goes_on_behind_a_long_item():
+    """Until so many results wait that they would take too much memory."""
+    slow, fast = threading.Event(), []
+
+    def work(item):
+        if item == 0:
+            assert slow.wait(timeout=10)
+        else:
+            fast.append(item)
+            if len(fast) == MOST_HELD:
+                threading.Timer(0.2, slow.set).start()
+        return item
+
+    results = in_order(work, range(40))
+    assert next(results) == 0
+    assert len(fast) == MOST_HELD
+    assert list(results) == list(range(1, 40))
 
 
 def test_an_error_comes_in_its_place():

@@ -1,15 +1,25 @@
 import os
 import struct
+import threading
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from src.field_of_view import field_of_view_diameter, find_field_of_view
 from src.masks import read_binary_mask, read_classes
-from src.photograph import FORMATS, PhotographError, list_photographs, page_and_pages, read_photograph
+from src.photograph import (
+    FORMATS,
+    PhotographError,
+    image_size,
+    list_photographs,
+    page_and_pages,
+    read_photograph,
+)
 
 
 def picture(height=24, width=40, seed=0):
@@ -140,6 +150,26 @@ def test_huge_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
     with pytest.raises(PhotographError, match=r"huge.png: has more than .* megapixels"):
         read_photograph(path)
+
+
+def test_two_threads_read_at_once_without_warnings(tmp_path, monkeypatch):
+    """None waits for the other, and the filters of warnings are as before."""
+    path = tmp_path / "huge.png"
+    Image.fromarray(picture(100, 100)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6000)
+    both, load = threading.Barrier(2), Image.Image.load
+
+    def wait_and_load(image):
+        both.wait(timeout=10)
+        return load(image)
+
+    monkeypatch.setattr(PngImageFile, "load", wait_and_load)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        with ThreadPoolExecutor(2) as threads:
+            assert list(threads.map(image_size, [path, path])) == [(100, 100)] * 2
+        assert warnings.filters == before
 
 
 def make_broken(folder):

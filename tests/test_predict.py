@@ -403,6 +403,30 @@ def test_a_second_run_with_other_flags_begins_anew(segmented, capsys, changed):
     assert len(table(out)) == 4
 
 
+def test_pictures_that_no_table_tells_of_stay(tmp_path, weights, photographs, capsys):
+    """They may be labels, drawn by hand: `--output` may name their folder by mistake."""
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    label = labels / "03_vessels.png"
+    Image.new("L", (80, 72), 255).save(label)
+    before = label.read_bytes()
+    flags = "--weights", weights, "--image", photographs, "--output", labels
+    message = fails(capsys, *flags)
+    assert f"--output {labels}: holds 03_vessels.png and no predictions.csv" in message and "--overwrite" in message
+    assert label.read_bytes() == before and files(labels) == ["03_vessels.png"]
+    run(*flags, "--overwrite")
+    assert label.read_bytes() != before
+
+
+@pytest.mark.parametrize("changed", [("--recursive",), ("--device", "cuda"), ("--report",)])
+def test_flags_that_no_mask_depends_on(segmented, capsys, changed):
+    flags, _ = segmented
+    if torch.cuda.is_available() and "cuda" in changed:
+        pytest.skip("there cuda is another device than the CPU")
+    run(*flags, *changed)
+    assert not any("in place of" in line for line in lines_of(capsys))
+
+
 def test_pictures_of_a_mask_that_stays_stay(segmented, capsys):
     flags, out = segmented
     run(*flags, "--save-prob")
@@ -1163,8 +1187,14 @@ def test_a_large_photograph_is_worked_on_alone(tmp_path, weights, photographs, m
     assert max(most) == at_once and len(most) == len(list(photographs.glob("*.png")))
 
 
-@pytest.mark.parametrize(("threads", "each"), [(1, 1), (2, 1), (3, 3), (4, 2)])
-def test_the_photographs_of_a_folder_share_the_threads(tmp_path, weights, photographs, monkeypatch, threads, each):
+@pytest.mark.parametrize(
+    ("threads", "each", "large"),
+    [(1, 1, 80 * 72), (2, 1, 80 * 72), (3, 3, 80 * 72), (4, 2, 80 * 72), (4, 4, 80 * 72 - 1)],
+)
+def test_the_photographs_of_a_folder_share_the_threads(
+    tmp_path, weights, photographs, monkeypatch, threads, each, large
+):
+    """A large one is worked on alone, and so it has them all."""
     seen, segmented, before = [], predict.predict, torch.get_num_threads()
 
     def watched(*args):
@@ -1172,6 +1202,7 @@ def test_the_photographs_of_a_folder_share_the_threads(tmp_path, weights, photog
         return segmented(*args)
 
     monkeypatch.setattr(predict, "predict", watched)
+    monkeypatch.setattr(predict, "LARGE", large)
     torch.set_num_threads(threads)
     try:
         run("--weights", weights, "--image", photographs, "--output", tmp_path / "masks")

@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from tests.conftest import SMALL_RUN
 from tests.processes import start_script
 from tests.test_train_multi_GPU import assert_same_state
 from train_utils import fit, load_checkpoint, save_checkpoint, saver
-from train_utils.command_line import run_script
+from train_utils.command_line import UsageError, run_script
 
 LAST = Path("save_weights/last_model.pth")
 
@@ -109,6 +110,28 @@ def test_weights_to_start_from_are_for_the_first_start_alone(shared_drive, worki
     assert_same_state(load_checkpoint("whole/last_model.pth"), load_checkpoint(LAST))
     record = json.loads(LAST.with_name("run.json").read_text())
     assert record["started_from"] == {} and list(record["earlier"][0]["started_from"]) == ["first/last_model.pth"]
+
+
+def test_training_on_all_does_not_replace_the_best_of_a_validated_run(shared_drive, working_directory):
+    run(shared_drive, "--epochs", 1)
+    best = LAST.with_name("best_model.pth")
+    before = best.read_bytes()
+    with pytest.raises(
+        UsageError, match=r"--train-on-all: the run of save_weights/last_model.pth holds photographs out"
+    ):
+        run(shared_drive, "--epochs", 2, "--resume", "auto", "--train-on-all")
+    assert best.read_bytes() == before
+
+
+def test_training_on_all_goes_on_from_weights_of_the_tutorial(shared_drive, working_directory, capsys):
+    """Their file tells of no Dice."""
+    run(shared_drive, "--epochs", 1)
+    checkpoint = torch.load(LAST, weights_only=False)
+    for name in ("best_dice", "validated_on", "trained_on", "history", "selected_on"):
+        del checkpoint[name]
+    torch.save(checkpoint, "tutorial.pth")
+    run(shared_drive, "--epochs", 2, "--resume", "tutorial.pth", "--train-on-all", "--output-dir", "all")
+    assert "trained on all photographs; the weights are in all" in capsys.readouterr().out
 
 
 def test_resume_auto_passes_damaged_files_over(shared_drive, working_directory, capsys):

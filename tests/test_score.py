@@ -22,7 +22,7 @@ from src.masks import read_binary_mask
 from tests.conftest import SMALL_RUN
 from tests.processes import in_processes
 from train_utils import evaluate, load_checkpoint, save_checkpoint
-from train_utils.command_line import run_script
+from train_utils.command_line import UsageError, run_script
 from train_utils.data_loading import evaluation_loader
 from train_utils.scoring import Measurement, best_threshold, measure
 from train_utils.scoring.contact_sheet import SheetRow
@@ -366,6 +366,20 @@ def test_scores_are_of_the_sizes_that_are_asked_for(shared_drive, weights, worki
     assert test_only(shared_drive, "my.pth", "--no-tta", "--threshold", "auto")["tta_scales"] == [1]
     stored = load_checkpoint("my.pth")  # where there is no mean, its sizes stay as they are
     assert stored["tta"] is False and stored["tta_scales"] == [0.7, 1, 1.4]
+
+
+def test_sizes_without_a_mean_over_views_are_refused(shared_drive, weights, working_directory):
+    with pytest.raises(UsageError, match=r"--tta-scales 0.7 1.0: does nothing without --tta; add --tta"):
+        test_only(shared_drive, weights, "--tta-scales", "0.7", "1")
+
+
+def test_the_weights_of_the_output_folder(shared_drive, weights, working_directory):
+    with pytest.raises(UsageError, match="looked for best_model.pth and last_model.pth in --output-dir .;"):
+        test_only(shared_drive, "auto")
+    named = test_only(shared_drive, weights)
+    for name in ("last_model.pth", "best_model.pth"):
+        shutil.copy(weights, name)
+        assert test_only(shared_drive, "auto")["field_of_view"] == named["field_of_view"]
 
 
 def test_a_threshold_is_not_stored_unless_chosen(shared_drive, weights, working_directory):

@@ -1,6 +1,7 @@
 import argparse
 import csv
 import functools
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import predict
 import train
 from src.errors import DatasetError
 from tests.conftest import SMALL_RUN
@@ -346,6 +348,21 @@ def test_demo_data_are_written_once(working_directory, monkeypatch):
     Path("other/DRIVE").mkdir(parents=True)
     with pytest.raises(DatasetError, match="no DRIVE data set"):
         train.make_demo_data("other")
+
+
+def test_the_demo_says_what_to_try_next(shared_drive, working_directory, capsys):
+    own = Path("my data")
+    for kind in ("images", "labels"):
+        (own / kind).mkdir(parents=True)
+    for path in sorted((shared_drive / "DRIVE" / "training" / "images").iterdir()):
+        shutil.copy(path, own / "images")
+        shutil.copy(shared_drive / "DRIVE" / "training" / "1st_manual" / f"{path.name[:2]}_manual1.gif", own / "labels")
+    few = ["--demo", "--epochs", "1", "--steps-per-epoch", "1", "--output-dir", "out put"]
+    run(own, *few, "--no-save-best")
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("now try: "))
+    predict.main(predict.parse_args([*command[2:], "--device", "cpu"]))
+    run(own, *few, "--train-on-all", "--overwrite")
+    assert "now try" not in capsys.readouterr().out
 
 
 def test_ctrl_c_says_where_the_last_state_lies(shared_drive, working_directory):

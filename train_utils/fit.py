@@ -155,11 +155,11 @@ def _resume_or_pretrain(
         state.restore(checkpoint)
         if state.epoch >= args.epochs and is_main_process():
             print(f"nothing left to train: {state.epoch} epochs are done; raise --epochs {args.epochs} for more")
-        if state.best_dice is None and val_loaders:
+        if state.best_dice is None:
             # The tutorial's files store no Dice, and a Dice on other photographs cannot be compared. Without this
             # evaluation a worse epoch could replace a better one.
             with explain_out_of_memory(_advice_on_memory(args)):
-                state.best_dice = _validate(state, val_loaders)[1]
+                state.best_dice = _validate(state, val_loaders)[1] if val_loaders else -1.0
     elif state.epoch >= args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch}: leaves nothing of --epochs {args.epochs}; lower it")
     elif args.init_weights:

@@ -1,11 +1,13 @@
 """Work on several items at once, in order."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
+
+MOST_HELD = 16  # results that may wait for their turn
 
 
 def in_order(
@@ -16,6 +18,7 @@ def in_order(
 ) -> Iterator[Result]:
     """The results of a function, in the order of the items; `at_once` threads work on as many of them ahead.
 
+    While the result of one that takes long is waited for, the other threads go on, until MOST_HELD results wait for it.
     An error of the function is raised in its place. Items that were begun are finished even if the iterator is closed.
     After a KeyboardInterrupt, `on_interrupt` is called, their results still come, and then the KeyboardInterrupt.
     """
@@ -25,7 +28,7 @@ def in_order(
         remaining = iter(items)
         try:
             while True:
-                while interruption is None and len(under_way) < at_once:
+                while interruption is None and _room(under_way, at_once):
                     try:
                         under_way.append(threads.submit(function, next(remaining)))
                     except StopIteration:
@@ -33,6 +36,9 @@ def in_order(
                 if not under_way:
                     break
                 try:
+                    if not under_way[0].done():
+                        wait([future for future in under_way if not future.done()], return_when=FIRST_COMPLETED)
+                        continue
                     result = under_way[0].result()
                 except KeyboardInterrupt as error:
                     if interruption is not None:
@@ -49,3 +55,11 @@ def in_order(
                 future.cancel()
     if interruption is not None:
         raise interruption
+
+
+def _room(under_way: Sequence[Future], at_once: int) -> bool:
+    """Whether to begin another item: fewer are under way, or a thread is free while the first one goes on."""
+    if len(under_way) < at_once:
+        return True
+    running = sum(not future.done() for future in under_way)
+    return running < at_once and len(under_way) <= MOST_HELD and not under_way[0].done()

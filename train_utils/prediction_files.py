@@ -94,7 +94,8 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
     """The path of the table, if there is one, and the path of each photograph's mask.
 
     Raises:
-        UsageError: --output does not fit the photographs, or another photograph would be overwritten.
+        UsageError: --output does not fit the photographs, or another photograph would be overwritten, or pictures of
+            which no table tells.
         OutputError: an input would be overwritten.
     """
     single = len(photographs) == 1
@@ -126,6 +127,13 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
             f"--output {output}: holds the photographs themselves, and the next run would take the masks for "
             "photographs; choose another folder"
         )
+    if not args.overwrite and not os.path.exists(output / TABLE):
+        there = [path for mask in masks for path in picture_paths(mask, args) if os.path.lexists(path)]
+        if there:
+            raise UsageError(
+                f"--output {output}: holds {there[0].name} and no {TABLE} that tells of it; choose another folder, or "
+                f"let --overwrite replace what is there ({len(there)} pictures)"
+            )
     return output / TABLE, masks
 
 

@@ -34,6 +34,11 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
     if args.init_weights and (args.resume not in ("", "auto") or args.backbone_weights):
         other = "--backbone-weights" if args.backbone_weights else "--resume"
         raise UsageError(f"--init-weights {args.init_weights}: starts a new run from these weights; leave out {other}")
+    if args.train_on_all and checkpoint is not None and checkpoint.get("validated_on"):
+        raise UsageError(
+            f"--train-on-all: the run of {checkpoint['path']} holds photographs out, and its best epoch would be lost; "
+            "let --init-weights start a new run from it, in another --output-dir"
+        )
     if args.init_weights and checkpoint is not None and is_main_process():
         print(f"--init-weights {args.init_weights}: not read again, as the run goes on from {checkpoint['path']}")
     settle_amp(args, device)
@@ -56,11 +61,22 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
         args.device_data = all(gather_objects(device.type == "cuda" and _photographs_fit(args, device)))
     if args.device_data:
         args.workers = 0
+    require_use_of_scales(args, checkpoint)
     if checkpoint is not None:
         if args.tta is None:
             args.tta = checkpoint.get("tta")
         if args.tta_scales is None:
             args.tta_scales = checkpoint.get("tta_scales")
+
+
+def require_use_of_scales(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
+    """Raise where --tta-scales is given, and neither --tta nor a checkpoint asks for a mean over views.
+
+    Raises:
+        UsageError: it is.
+    """
+    if args.tta_scales and args.tta is None and not (checkpoint and checkpoint.get("tta")):
+        raise UsageError(f"--tta-scales {' '.join(map(str, args.tta_scales))}: does nothing without --tta; add --tta")
 
 
 def _diameter_to_go_on_at(weights: str, diameter: float) -> float:

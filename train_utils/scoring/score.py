@@ -30,7 +30,7 @@ from ..data_loading import reading
 from ..distributed_utils import is_main_process, on_main_process
 from ..files import sha256_of
 from ..memory import explain_out_of_memory
-from ..settings import fold, roots
+from ..settings import fold, require_use_of_scales, roots
 from .curves import curves
 from .drawing import write_png
 from .measure import Measurement, best_threshold, measure, measure_masks
@@ -51,9 +51,19 @@ def score(device: torch.device, args: argparse.Namespace) -> None:
     if args.masks:
         score_masks(args.masks, args)
     elif args.resume:
-        score_weights(args.resume, device, args)
+        path = on_main_process(_best_in, Path(args.output_dir)) if args.resume == "auto" else args.resume
+        score_weights(path, device, args)
     else:
         raise UsageError("--test-only: says nothing of the weights; name them with --resume FILE")
+
+
+def _best_in(folder: Path) -> Path:
+    for name in (BEST_MODEL, LAST_MODEL):
+        if (folder / name).exists():
+            return folder / name
+    raise UsageError(
+        f"--resume auto: looked for {BEST_MODEL} and {LAST_MODEL} in --output-dir {folder}; name the file of weights"
+    )
 
 
 def score_weights(path: str | Path, device: torch.device, args: argparse.Namespace) -> None:
@@ -198,7 +208,12 @@ def _load_without_training_state(path: str | Path) -> Checkpoint:
 
 
 def _how_to_measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `measure`: by the flags, else as the checkpoint says."""
+    """The keywords of `measure`: by the flags, else as the checkpoint says.
+
+    Raises:
+        UsageError: `--tta-scales` is given without `--tta`.
+    """
+    require_use_of_scales(args, checkpoint)
     tta = checkpoint.get("tta", False) if args.tta is None else args.tta
     scales = args.tta_scales or checkpoint.get("tta_scales", ONE_SIZE)
     return {"tta": tta, "scales": scales if tta else ONE_SIZE, "trained_scale": checkpoint.get("trained_scale")}
