@@ -123,6 +123,37 @@ def test_affine_crop_by_hand(monkeypatch):
     assert np.array_equal(doubled, values.repeat(2, axis=0).repeat(2, axis=1))
 
 
+@pytest.mark.parametrize("size", [20, 21, 40])
+@pytest.mark.parametrize("base_size", [None, 40])
+def test_affine_crops_that_are_not_resampled(size, base_size):
+    """They hold the pixels of the picture, turned by a multiple of 90 degrees."""
+    values = np.arange(40 * 50).reshape(40, 50)
+    image = torch.from_numpy(np.stack([values // 256, values % 256, 0 * values]).astype(np.uint8))
+    label = tv_tensors.Mask(torch.from_numpy(values % 2).to(torch.uint8))
+    crop, places = T.RandomAffineCrop(size, 0.5, 2.0, base_size, unresampled=1), set()
+    for _ in range(30):
+        cropped, target = crop(tv_tensors.Image(image), label)
+        levels = cropped.double() * 255
+        assert torch.allclose(levels, levels.round(), atol=0.05)
+        found = (256 * levels[0] + levels[1]).round().long().numpy()
+        assert np.array_equal(target.numpy(), found % 2)
+        assert {abs(found[0, 1] - found[0, 0]), abs(found[1, 0] - found[0, 0])} == {1, 50}  # neighbours in the picture
+        places.add(found[0, 0])
+    assert len(places) > 4
+
+
+@pytest.mark.parametrize(
+    ("base_size", "share", "least", "most"), [(None, 0.5, 10, 30), (None, 0.0, 0, 2), (80, 1.0, 0, 2)]
+)
+def test_share_of_crops_that_are_not_resampled(base_size, share, least, most):
+    """In pictures of another size than `base_size` there are none: they would have the wrong size."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    label = Image.new("L", (40, 40))
+    crop = T.RandomAffineCrop(20, 0.8, 1.15, base_size, unresampled=share)
+    levels = [crop(image, label)[0] * 255 for _ in range(40)]
+    assert least <= sum(torch.allclose(each, each.round(), atol=0.05) for each in levels) <= most
+
+
 def test_beyond_the_frame_an_affine_crop_is_black_and_ignored(monkeypatch):
     draw(monkeypatch, 0, 0.125, 0.7, 0.5, 0.5)
     image, label = Image.new("RGB", (40, 40), "white"), Image.new("L", (40, 40), 1)
