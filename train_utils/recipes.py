@@ -41,16 +41,16 @@ the official test photographs, which the README quotes, was measured once, by it
 version: best with flips.
 
 quick is to reach the tutorial's Dice in the least time, and every seed did. By `python tests/benchmark.py
---data-path FOLDER --time-to-dice 10`, from the start of the process to the last weights, on two quiet cores with AVX-512
-of which only AVX2 was used (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2), ten seeds have 0.8072, 0.8065, 0.8079,
-0.8084, 0.8082, 0.8087, 0.8084, 0.8063, 0.8061 and 0.8098 after 57, 56, 51, 53, 49, 43, 42, 44, 41 and 42 s. At commit
-907ab24 (all crops resampled) ten seeds had 0.8041 to 0.8092, and three took 91 to 101 s on slow AVX2 cores. The recipe
-of before (commit 1679893: AdamW, 800 steps of crops of 256) had 0.806, 0.806 and 0.807; there a step took 0.57 s on the
-slow cores, so about 460 s in all.
+--data-path FOLDER --time-to-dice 10`, from the start of the process to the last weights, on two quiet cores with
+AVX-512 of which only AVX2 was used (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2), ten seeds have 0.8072, 0.8065,
+0.8079, 0.8084, 0.8082, 0.8087, 0.8084, 0.8063, 0.8061 and 0.8098 after 57, 56, 51, 53, 49, 43, 42, 44, 41 and 42 s. At
+commit 907ab24 (all crops resampled) ten seeds had 0.8041 to 0.8092, and three took 91 to 101 s on slow AVX2 cores. The
+recipe of before (commit 1679893: AdamW, 800 steps of crops of 256) had 0.806, 0.806 and 0.807; there a step took 0.57 s
+on the slow cores, so about 460 s in all.
 
 What quick is made of, one change at a time: `--data-path FOLDER --fold 1/4 --recipe quick --epochs 1` and the flags
-below, where FOLDER has 21-36 as `training` and nothing else (22, 27, 28 and 29 are held out), at commit 907ab24; seconds
-of one AVX2 core:
+below, where FOLDER has 21-36 as `training` and nothing else (22, 27, 28 and 29 are held out), at commit 907ab24;
+seconds of one AVX2 core:
 
     --optimizer adamw --lr 8e-3 --crop-size 256 --steps-per-epoch 200    0.777    115
     --optimizer adamw --lr 8e-3 --crop-size 192 --steps-per-epoch 360    0.785    115
