@@ -7,7 +7,7 @@ from typing import TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
-MOST_HELD = 16  # results that may wait for their turn
+MOST_HELD = 4  # results that may wait for their turn; those of predict.py are lost if it is killed
 
 
 def in_order(
