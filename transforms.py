@@ -127,7 +127,7 @@ class RandomAffineCrop:
         bend: standard deviation of an elastic deformation, of the square's side; 0: none.
         fill: of the channels, in [0, 1].
         unresampled: share of the crops that hold the pixels of a picture of `base_size` as they are, turned by a
-            multiple of 90 degrees.
+            multiple of 90 degrees; of those whose scale is drawn.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class RandomAffineCrop:
         height, width = F.get_size(image)
         zoom, angle, mirror, x, y = torch.rand(5).tolist()
         as_it_is = self.unresampled > 0 and float(torch.rand(())) < self.unresampled
-        as_it_is &= self.base_size in (None, min(height, width))
+        as_it_is &= scale is None and self.base_size in (None, min(height, width))
         if as_it_is:
             angle, shorter_side = math.floor(4 * angle) / 4, min(height, width)
         elif scale is None:

@@ -152,6 +152,8 @@ def test_share_of_crops_that_are_not_resampled(base_size, share, least, most):
     crop = T.RandomAffineCrop(20, 0.8, 1.15, base_size, unresampled=share)
     levels = [crop(image, label)[0] * 255 for _ in range(40)]
     assert least <= sum(torch.allclose(each, each.round(), atol=0.05) for each in levels) <= most
+    scaled = [crop(image, label, scale=1.1)[0] * 255 for _ in range(10)]
+    assert not any(torch.allclose(each, each.round(), atol=0.05) for each in scaled)
 
 
 def test_beyond_the_frame_an_affine_crop_is_black_and_ignored(monkeypatch):
