@@ -9,15 +9,16 @@ the tutorial does. The recipes were tuned on held-out parts of 21-36.
     --recipe quick, seeds 0 to 9                              0.806 to 0.810 (same)         500
     --recipe best --amp, seeds 0, 1, 2                        0.821, 0.823, 0.821         2000
                                                               (0.818, 0.821, 0.819)
-    --recipe best --base-c 32 --amp, seeds 0, 1, 2            0.824, -, 0.824             2000
-                                                              (0.819, -, 0.818)
+    --recipe best --base-c 32 --amp, seeds 0, 1, 2            0.824, 0.823, 0.824         2000
+                                                              (0.819, 0.819, 0.818)
 
-best with flips, as it scores in the end: 0.8220, 0.8233 and 0.8226; with --base-c 32 0.8243, - and 0.8251.
-Before half of its crops kept the pixels of the photograph (commit a6c5c02) it had 0.8231, 0.8234 and 0.8223. On these
-four photographs it finds too much rather than too little, and more so in the last epochs; on all 20 the differences are
-clearer. FOLDER20 has DRIVE's 20 as `training` and nothing else; `--data-path FOLDER20 --recipe best --amp --fold 1/2`
-and `2/2`, seed 0, so 10 photographs to train on, with flips, the best epoch chosen on the other 10; paired differences
-from the column before, standard error, in how many it is higher:
+best with flips, as it scores in the end: 0.8220, 0.8233 and 0.8226; with --base-c 32 0.8243, 0.8234 and 0.8251 (paired
+difference +0.0016, standard error 0.0005, higher in 4 of 4). Before half of its crops kept the pixels of the photograph
+(commit a6c5c02) best had 0.8231, 0.8234 and 0.8223. On these four photographs it finds too much rather than too
+little, and more so in the last epochs; on all 20 the differences are clearer. FOLDER20 has DRIVE's 20 as `training` and
+nothing else; `--data-path FOLDER20 --recipe best --amp --fold 1/2` and `2/2`, seed 0, so 10 photographs to train on,
+with flips, the best epoch chosen on the other 10; paired differences from the column before, standard error, in how
+many it is higher:
 
                    a6c5c02    now                                 --base-c 32
     Dice           0.8149     0.8189  +0.0039, 0.0021, 13 of 20   0.8217  +0.0028, 0.0012, 18 of 20
@@ -26,9 +27,9 @@ from the column before, standard error, in how many it is higher:
     precision      0.8477     0.8296  -0.0181, 0.0044,  2 of 20   0.8275  -0.0021, 0.0014,  7 of 20
 
 Average precision by fold: 0.8970 and 0.9114; 0.8976 and 0.9144; 0.9005 and 0.9167. On 37-40 it is 0.909 with 16
-channels and 0.912 with 32. These take 3.3 times the time, in training (1.4 to 1.5 s a step on one core of the machine
-below with --amp, best 0.43 s) and in prediction: with flips a photograph of DRIVE takes 2.2 s on its two cores, or
-1.15 s with --amp; best takes 0.7 and 0.45 s (`predict.py` on four photographs). So they are not the default.
+channels and 0.911 to 0.913 with 32. These take about three times the time, in training (on the machine below, 0.8 s a
+step with --amp and 1.4 s without) and in prediction: with flips a photograph of DRIVE takes 2.2 s there, or 1.15 s with
+--amp; best takes 0.7 and 0.45 s (`predict.py` on four photographs). So they are not the default.
 
 Not taken up, on fold 1/2, seed 0, against a6c5c02 (Dice 0.8076, average precision 0.897): `--init-weights` of HRF
 (`--data-path HRF --recipe any-camera --train-on-all --fov-diameter 540 --epochs 12`) has 0.8100 (+0.0024, 0.0016) and
