@@ -35,11 +35,10 @@ Not taken up, on fold 1/2, seed 0, against a6c5c02 (Dice 0.8076, average precisi
 (`--data-path HRF --recipe any-camera --train-on-all --fov-diameter 540 --epochs 12`) has 0.8100 (+0.0024, 0.0016) and
 an average precision of 0.900; with 1000 steps at `--lr 1e-3` it has less than without.
 
-The moving average of best's weights begins with the random ones, of which 2 % are left after 2000 steps, so the first
-three epochs find no vessels. Other averages, of the same steps: from the first step on, the decay n / (n + 2) at step
-n up to 0.998. It has 0.8277 for 0.8278 on fold 2/2, and with 32 channels, on 37-40 after the last step, 0.8199 for
-0.8206 (seed 2); up to 0.999 it has 0.8208. With 32 channels the last weights themselves have 0.002 less than the
-average (both folds).
+The moving average of best's weights begins with the random ones, of which 2 % are left after 2000 steps. So the first
+three epochs have a Dice of 0.0 to 0.2. Other averages of the same steps, whose decay at step n is n / (n + 2), up to
+0.998: 0.8277 for 0.8278 on fold 2/2, and with 32 channels, on 37-40 after the last step, 0.8199 for 0.8206 (seed 2);
+up to 0.999: 0.8208. With 32 channels the last weights themselves have 0.002 less than the average (both folds).
 
 The recipe of AdamW (commit 907ab24, 4000 steps) had 0.8211, 0.8217 and 0.8214 on 37-40. More of Muon is too much: with
 4000 steps (--epochs 20, seed 0, at a6c5c02) the Dice is 0.822 after 2200 steps, and falls to 0.817. So does
