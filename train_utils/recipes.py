@@ -13,12 +13,12 @@ the tutorial does. The recipes were tuned on held-out parts of 21-36.
                                                               (0.819, 0.819, 0.818)
 
 best with flips, as it scores in the end: 0.8220, 0.8233 and 0.8226; with --base-c 32 0.8243, 0.8234 and 0.8251 (paired
-difference +0.0016, standard error 0.0005, higher in 4 of 4). Before half of its crops kept the pixels of the photograph
-(commit a6c5c02) best had 0.8231, 0.8234 and 0.8223. On these four photographs it finds too much rather than too
-little, and more so in the last epochs; on all 20 the differences are clearer. FOLDER20 has DRIVE's 20 as `training` and
-nothing else; `--data-path FOLDER20 --recipe best --amp --fold 1/2` and `2/2`, seed 0, so 10 photographs to train on,
-with flips, the best epoch chosen on the other 10; paired differences from the column before, standard error, in how
-many it is higher:
+difference +0.0016, standard error 0.0005, higher in 4 of 4; clDice -0.0011, 0.0013, in 2 of 4). Before half of its
+crops kept the pixels of the photograph (commit a6c5c02) best had 0.8231, 0.8234 and 0.8223. On these four photographs
+it finds too much rather than too little, and more so in the last epochs; on all 20 the differences are clearer.
+FOLDER20 has DRIVE's 20 as `training` and nothing else; `--data-path FOLDER20 --recipe best --amp --fold 1/2` and `2/2`,
+seed 0, so 10 photographs to train on, with flips, the best epoch chosen on the other 10; paired differences from the
+column before, standard error, in how many it is higher:
 
                    a6c5c02    now                                 --base-c 32
     Dice           0.8149     0.8189  +0.0039, 0.0021, 13 of 20   0.8217  +0.0028, 0.0012, 18 of 20
@@ -29,16 +29,15 @@ many it is higher:
 Average precision by fold: 0.8970 and 0.9114; 0.8976 and 0.9144; 0.9005 and 0.9167. On 37-40 it is 0.909 with 16
 channels and 0.911 to 0.913 with 32. These take about three times the time, in training (on the machine below, 0.8 s a
 step with --amp and 1.4 s without) and in prediction: with flips a photograph of DRIVE takes 2.2 s there, or 1.15 s with
---amp; best takes 0.7 and 0.45 s (`predict.py` on four photographs). So they are not the default.
+--amp; best takes 0.7 and 0.5 s (`predict.py --image FOLDER/DRIVE/test/images`, half of `seconds` in predictions.csv, as
+two are worked on at once). So they are not the default.
 
 Not taken up, on fold 1/2, seed 0, against a6c5c02 (Dice 0.8076, average precision 0.897): `--init-weights` of HRF
 (`--data-path HRF --recipe any-camera --train-on-all --fov-diameter 540 --epochs 12`) has 0.8100 (+0.0024, 0.0016) and
 an average precision of 0.900; with 1000 steps at `--lr 1e-3` it has less than without.
 
 The moving average of best's weights begins with the random ones, of which 2 % are left after 2000 steps. So the first
-three epochs have a Dice of 0.0 to 0.2. Other averages of the same steps, whose decay at step n is n / (n + 2), up to
-0.998: 0.8277 for 0.8278 on fold 2/2, and with 32 channels, on 37-40 after the last step, 0.8199 for 0.8206 (seed 2);
-up to 0.999: 0.8208. With 32 channels the last weights themselves have 0.002 less than the average (both folds).
+three epochs have a Dice of 0.0 to 0.2.
 
 The recipe of AdamW (commit 907ab24, 4000 steps) had 0.8211, 0.8217 and 0.8214 on 37-40. More of Muon is too much: with
 4000 steps (--epochs 20, seed 0, at a6c5c02) the Dice is 0.822 after 2200 steps, and falls to 0.817. So does
