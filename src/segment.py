@@ -227,7 +227,7 @@ def views(scales: Sequence[float]) -> list[tuple[float, Flip]]:
 
     Args:
         scales: multiples of the model's working size. The model sees each once, mirrored in another way; if there is
-            only one, in the four flips.
+            only one, in the four flips. (1, 1): in two flips.
 
     Returns:
         each size that the model sees, as a share of the largest, with its flip.
@@ -277,7 +277,7 @@ def segment(
         float64 [C - 1, H, W] on the CPU; for two classes, the vessels alone.
     """
     assert not model.training, "call model.eval() first"
-    size, turns = photograph.shape[:2], FLIPS if flips else FLIPS[:1]
+    size, shown = photograph.shape[:2], views(scales) if flips else [(1.0, ())]
 
     def blend(crop: Crop, size: Sequence[int], turns: Sequence[Flip], votes: Votes | None = None) -> Tensor:
         side = _tile_for_memory(model, *size, len(turns), batch_size) if tile is None else tile
@@ -285,10 +285,9 @@ def segment(
 
     halves = next(model.parameters()).device.type == "cpu" and 2 * torch.get_num_threads() <= _THREADS
     with _NETWORKS.taken(1 if halves else 2):
-        if not flips or len(scales) == 1:
-            return blend(lambda *part: normalise(photograph[part], mean, std), size, turns, votes)
+        if all(share == 1 for share, _ in shown):
+            return blend(lambda *part: normalise(photograph[part], mean, std), size, [flip for _, flip in shown], votes)
         image = normalise(photograph, mean, std)[None]
-        shown = views(scales)
         mean_of_views, count = 0, torch.zeros(size)
         for share, flip in shown:
             view = at_size(image, share)[0]

@@ -114,8 +114,8 @@ class Segmenter:
                 is found in the photograph.
             threshold: probability above which a pixel is a vessel, at the training photographs' scale.
             scale: factor to resize the photograph by; None: see `working_scale`.
-            flips: average over the sizes that the weights name, unless there is a `scale`; else over the four flips.
-                None: as the weights say.
+            flips: average over the views that the weights name, or over the four flips (where they name none, or sizes
+                although there is a `scale`). None: as the weights say.
             tile, batch_size: as `src.segment.segment`; the default is tiles too where the photograph is very large.
 
         Raises:
@@ -128,7 +128,9 @@ class Segmenter:
             field_of_view = retina
         diameter = field_of_view_diameter(retina)
         flips = self.checkpoint.get("tta", False) if flips is None else flips
-        scales = self.checkpoint.get("tta_scales", ONE_SIZE) if flips and scale is None else ONE_SIZE
+        scales = self.checkpoint.get("tta_scales", ONE_SIZE) if flips else ONE_SIZE
+        if scale is not None and set(scales) != {1}:
+            scales = ONE_SIZE
         if scale is None:
             scale = self.working_scale(image, retina, tile=tile, batch_size=batch_size)
         votes = Votes() if flips and self.checkpoint["model_args"]["num_classes"] == 2 else None
@@ -230,4 +232,5 @@ def classify(probabilities: Tensor, threshold: float, shift: float = 0.0) -> np.
 def _as_array(photograph: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(photograph, str | Path):
         return read_photograph(Path(photograph))
-    return np.array(to_rgb(photograph)) if isinstance(photograph, Image.Image) else photograph
+    # An array may be the mirrored view of another, which torch does not read.
+    return np.array(to_rgb(photograph)) if isinstance(photograph, Image.Image) else np.ascontiguousarray(photograph)

@@ -368,6 +368,18 @@ def test_scores_are_of_the_sizes_that_are_asked_for(shared_drive, weights, worki
     assert stored["tta"] is False and stored["tta_scales"] == [0.7, 1, 1.4]
 
 
+def test_the_views_are_named(shared_drive, weights, working_directory, capsys):
+    for flags, views in (
+        ([], ""),
+        (["--tta"], ", mean over the four flips"),
+        (["--tta", "--tta-scales", "1", "1"], ", mean over 2 flips"),
+        (["--tta", "--tta-scales", "0.7", "1"], ", mean over the sizes 0.7, 1"),
+    ):
+        test_only(shared_drive, weights, *flags)
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "threshold" in line)
+        assert line.endswith(views) and ("mean over" in line) == bool(views)
+
+
 def test_sizes_without_a_mean_over_views_are_refused(shared_drive, weights, working_directory):
     with pytest.raises(UsageError, match=r"--tta-scales 0.7 1.0: does nothing without --tta; add --tta"):
         test_only(shared_drive, weights, "--tta-scales", "0.7", "1")

@@ -55,7 +55,7 @@ def test_files_images_and_arrays_are_the_same(weights, photograph):
     segmenter = load_pretrained(weights)
     of_file = segmenter(str(photograph))
     with Image.open(photograph) as image:
-        for same in (image, np.array(image), photograph):
+        for same in (image, np.array(image), np.array(image)[::-1].copy()[::-1], photograph):
             assert torch.equal(segmenter(same).probabilities, of_file.probabilities)
 
 
@@ -92,6 +92,20 @@ def test_sizes_are_those_of_the_weights(tmp_path, photograph):
         assert torch.equal(
             segmenter(photograph, **options).probabilities, of_one_size(photograph, **options).probabilities
         )
+
+
+def test_two_flips_are_those_at_a_scale_of_ones_own_too(tmp_path, photograph):
+    model = make_model()
+    segmenter = load_pretrained(save(tmp_path / "two.pth", model, tta=True, tta_scales=[1, 1]))
+    of_four = load_pretrained(save(tmp_path / "four.pth", model, tta=True))
+    mirrored = np.array(Image.open(photograph))[:, ::-1]
+    one, other = (segmenter(image, scale=1.0, flips=False).probabilities for image in (photograph, mirrored))
+    two = segmenter(photograph, scale=1.0).probabilities
+    torch.testing.assert_close(two, (one + other.flip(-1)) / 2, atol=1e-6, rtol=0)
+    assert not torch.allclose(two, of_four(photograph, scale=1.0).probabilities)
+    found = segmenter(photograph)
+    assert found.reliability is not None and not torch.equal(found.probabilities, of_four(photograph).probabilities)
+    assert torch.equal(found.probabilities, segmenter(photograph, scale=found.scale).probabilities)
 
 
 def test_a_mask_read_from_one_bit_counts_as_any_other(tmp_path, photograph):

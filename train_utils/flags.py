@@ -173,8 +173,8 @@ def add_training_flags(parser: Parser) -> None:
         nargs="+",
         type=at_least(0.25, float, below=5),
         metavar="SCALE",
-        help="with --tta: the mean over these sizes, multiples of the working one, each mirrored in another way; of "
-        "one size, over its four flips (default: as stored, else 1)",
+        help="with --tta: the mean over these sizes, multiples of the working one, each mirrored in another way (1 1: "
+        "two flips of one size); of one alone, over its four flips (default: as stored, else 1)",
     )
     group = parser.group("output")
     group.add_argument(

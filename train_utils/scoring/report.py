@@ -218,7 +218,9 @@ def _views(report: Mapping[str, Any]) -> str:
     if not report["tta"]:
         return ""
     scales = [f"{scale:g}" for scale in report["tta_scales"]]
-    return ", mean over the four flips" if len(scales) == 1 else f", mean over the sizes {', '.join(scales)}"
+    if len(scales) == 1:
+        return ", mean over the four flips"
+    return f", mean over {len(scales)} flips" if set(scales) == {"1"} else f", mean over the sizes {', '.join(scales)}"
 
 
 def _number(value: float | None) -> str:
