@@ -14,8 +14,8 @@ medians of 9 steps on two AVX2 cores; "busy" is beside a process of pure Python:
     | two, OMP_WAIT_POLICY=PASSIVE | 277 (475) | 201 (580) |
     | one | 135 to 156 (517 to 612) | 138 (517) |
 
-On two cores with AVX-512, this module, two runs each: `train.py --recipe best --epochs 1 --steps-per-epoch 20
---val-split 1 --no-amp`, seconds a step, and `predict.py` on four photographs of HRF, seconds in all:
+On two cores with AVX-512, this module, two runs each: `train.py --recipe best --base-c 16 --epochs 1
+--steps-per-epoch 20 --val-split 1 --no-amp`, seconds a step, and `predict.py` on four photographs of HRF, seconds in all:
 
     | beside | train.py | predict.py |
     |---|---|---|

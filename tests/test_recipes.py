@@ -159,7 +159,7 @@ def quick_weights(shared_drive, tmp_path_factory):
 
 def test_the_weights_say_how_to_use_them(quick_weights):
     checkpoint = load_checkpoint(quick_weights)
-    assert (checkpoint["normalization"], checkpoint["tta"]) == ("local", True)
+    assert (checkpoint["normalization"], checkpoint["tta"], checkpoint["tta_scales"]) == ("local", True, [1, 1])
     assert checkpoint["model"].keys() == checkpoint["training_model"].keys()
     assert not torch.equal(checkpoint["model"]["out_conv.0.weight"], checkpoint["training_model"]["out_conv.0.weight"])
     assert checkpoint["lr_scheduler"]["last_epoch"] == 40 * (checkpoint["epoch"] + 1)
