@@ -15,7 +15,8 @@ medians of 9 steps on two AVX2 cores; "busy" is beside a process of pure Python:
     | one | 135 to 156 (517 to 612) | 138 (517) |
 
 On two cores with AVX-512, this module, two runs each: `train.py --recipe best --base-c 16 --epochs 1
---steps-per-epoch 20 --val-split 1 --no-amp`, seconds a step, and `predict.py` on four photographs of HRF, seconds in all:
+--steps-per-epoch 20 --val-split 1 --no-amp`, seconds a step, and `predict.py` on four photographs of HRF, seconds in
+all:
 
     | beside | train.py | predict.py |
     |---|---|---|

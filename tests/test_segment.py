@@ -227,7 +227,7 @@ def test_flips_are_averaged(unet):
     assert not torch.allclose(expected, run(unet, photograph))
     torch.testing.assert_close(run(unet, photograph, flips=True, batch_size=3), expected, atol=1e-6, rtol=0)
     two = (run(unet, plain) + run(unet, left_right).flip(-1)) / 2
-    for options in ({}, {"batch_size": 2}, {"tile": 64}):
+    for options in ({}, {"batch_size": 2}):
         votes = Votes()
         found = run(unet, photograph, flips=True, scales=(1, 1), votes=votes, **options)
         torch.testing.assert_close(found, two, atol=1e-6, rtol=0)

@@ -38,8 +38,8 @@ Not taken up: other changes to `--base-c 16 --tta-scales 1`, measured in the sam
     bend=0.01 (an elastic one) in the rotation
         preset's RandomAffineCrop                     0.8196  +0.0008, 0.0006, 11 of 20                  0.8985, 0.9150
 
-The weights of HRF are those of `--data-path HRF --recipe any-camera --train-on-all --fov-diameter 540 --epochs 12`. With
-1000 steps at `--lr 1e-3` from them (fold 1/2, at a6c5c02) it has less than without.
+The weights of HRF are those of `--data-path HRF --recipe any-camera --train-on-all --fov-diameter 540 --epochs 12`.
+With 1000 steps at `--lr 1e-3` from them (fold 1/2, at a6c5c02) it has less than without.
 
 The moving average of best's weights begins with the random ones, of which 2 % are left after 2000 steps. So the first
 three epochs have a Dice of 0.00 (16 channels: up to 0.2).
