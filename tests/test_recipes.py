@@ -196,7 +196,7 @@ def test_predict_obeys_the_weights_and_agrees_with_the_scores(quick_weights, sha
             ["--weights", str(quick_weights), "--output", str(tmp_path), "--image", *map(str, data.img_list)]
         )
     )
-    measurement = measure(model, data, CPU, 0.5, tta=True)
+    measurement = measure(model, data, CPU, 0.5, tta=True, scales=checkpoint["tta_scales"])
     for score, path, label in zip(measurement.photographs, data.img_list, data.labels, strict=True):
         mask = np.array(Image.open(tmp_path / f"{path.stem}_vessels.png")) > 0
         counts = score.model.field_of_view
