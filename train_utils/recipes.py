@@ -32,11 +32,11 @@ Dice of 0.8217. On the machine below, over two flips a photograph of DRIVE takes
 four twice that; 16 channels over four flips take 0.7 and 0.5 s (`predict.py --image FOLDER/DRIVE/test/images`, half of
 `seconds` in predictions.csv, as two are worked on at once).
 
-Not taken up: other changes to `--base-c 16 --tta-scales 1`, measured in the same way on both folds (Dice 0.8189):
+Not taken up: other changes to `--base-c 16 --tta-scales 1`, measured in the same way on both folds (Dice 0.8189). The
+second is one of the code: `bend` of the rotation preset's `RandomAffineCrop`, for its resampled crops alone.
 
-    `--init-weights` of HRF, see below                0.8199  +0.0010, 0.0011, 16 of 20   avg. precision 0.9000, 0.9162
-    bend=0.01 (an elastic one) in the rotation
-        preset's RandomAffineCrop                     0.8196  +0.0008, 0.0006, 11 of 20                  0.8985, 0.9150
+    `--init-weights` of HRF    0.8199  +0.0010, 0.0011, 16 of 20    average precision by fold 0.9000, 0.9162
+    bend=0.01                  0.8196  +0.0008, 0.0006, 11 of 20                              0.8985, 0.9150
 
 The weights of HRF are those of `--data-path HRF --recipe any-camera --train-on-all --fov-diameter 540 --epochs 12`.
 With 1000 steps at `--lr 1e-3` from them (fold 1/2, at a6c5c02) it has less than without.
