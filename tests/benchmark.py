@@ -3,7 +3,8 @@
     python tests/benchmark.py [--device cpu] [--data-path FOLDER] [--repeats N] [other flags of train.py]
     python tests/benchmark.py --forward [...]         the forward pass alone, run in every way that there is
     python tests/benchmark.py --time-to-dice N --data-path FOLDER [...]        N seeds of --recipe quick
-    python tests/benchmark.py --folder FOLDER         a folder of photographs by predict.py, and its network alone
+    python tests/benchmark.py --folder FOLDER [...]   a folder of photographs by predict.py (with its flags, such as
+                                                      --weights), and its network alone
 
 Of the first, three processes measure in turn, so that whatever else the machine does slows all of them alike:
 - this project, as train.py (with these flags) and predict.py (in float32) run it;
@@ -563,7 +564,7 @@ def times_to_dice(data_path: str, seeds: int, flags: Sequence[str]) -> str:
 # ---- taking turns
 
 
-def folder_of_photographs(folder: str, repeats: int) -> str:
+def folder_of_photographs(folder: str, repeats: int, flags: Sequence[str]) -> str:
     """Seconds of a photograph in a folder by predict.py once it has started, and those of the network alone."""
     keep_freed_memory()  # as predict.py does
     seen, segment = [], segmenter_module.segment
@@ -574,7 +575,7 @@ def folder_of_photographs(folder: str, repeats: int) -> str:
 
     def predict_all() -> None:
         with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(io.StringIO()):
-            predict.main(predict.parse_args(["--image", folder, "--output", output, "--device", "cpu"]))
+            predict.main(predict.parse_args(["--image", folder, "--output", output, "--device", "cpu", *flags]))
 
     segmenter_module.segment = remember
     predict_all()  # also to warm up
@@ -676,14 +677,15 @@ def main(args: argparse.Namespace) -> None:
     if args.time_to_dice:
         if not args.data_path:
             raise UsageError("--time-to-dice: needs photographs with labels; name their folder by --data-path")
-        print(f"{describe(CPU)}\n\n{times_to_dice(args.data_path, args.time_to_dice, args.train_flags)}")
+        print(f"{describe(CPU)}\n\n{times_to_dice(args.data_path, args.time_to_dice, args.other_flags)}")
         return
     if args.folder:
-        print(f"{describe(CPU)}: medians of {args.repeats}\n\n{folder_of_photographs(args.folder, args.repeats)}")
+        measured = folder_of_photographs(args.folder, args.repeats, args.other_flags)
+        print(f"{describe(CPU)}: medians of {args.repeats}\n\n{measured}")
         return
     with tempfile.TemporaryDirectory() as folder:
         data_path = args.data_path or str(write_synthetic_drive(folder, training=12 + VALIDATED, test=1))
-        flags = ["--data-path", data_path, "--val-split", str(VALIDATED), *args.train_flags]
+        flags = ["--data-path", data_path, "--val-split", str(VALIDATED), *args.other_flags]
         settled, device = _settle(flags)
         photograph = open_datasets(settled, torch.device("cpu"))[1].img_list[0]
         if args.forward:
@@ -696,14 +698,14 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the flags; what is not known here is train.py's."""
+    """Read the flags; what is not known here is train.py's, or with --folder predict.py's."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-path", help="the folder that contains DRIVE (default: synthetic photographs)")
     parser.add_argument("--repeats", type=at_least(1), default=5, help="measurements of each number")
     parser.add_argument("--forward", action="store_true", help="measure the forward pass in several ways, on the CPU")
     parser.add_argument("--time-to-dice", type=at_least(1), metavar="N", help="train N seeds of --recipe quick")
     parser.add_argument("--folder", help="measure predict.py over the photographs in this folder, on the CPU")
-    args, args.train_flags = parser.parse_known_args(argv)
+    args, args.other_flags = parser.parse_known_args(argv)
     return args
 
 

@@ -59,7 +59,7 @@ def test_the_time_to_the_tutorials_dice(shared_drive, working_directory, capsys)
 @pytest.mark.slow
 def test_a_folder_and_its_network(shared_drive, capsys):
     folder = str(shared_drive / "DRIVE" / "test" / "images")
-    benchmark.main(benchmark.parse_args(["--folder", folder, "--repeats", "1"]))
+    benchmark.main(benchmark.parse_args(["--folder", folder, "--repeats", "1", "--no-tta"]))
     line = capsys.readouterr().out.splitlines()[-1]
     found = re.search(r"4 photographs, (\S+) m?s .* alone (\S+) m?s: (\S+) times", line)
     assert found and float(found[3]) > 0.9
