@@ -101,6 +101,7 @@ RULES: dict[str, Rule] = {
     "threshold": (lambda value: _number(0, 1)(value) and 0 < value < 1, "a number between 0 and 1"),
     "tta": (_is_bool, "True or False"),
     "tta_scales": (_are_scales, "a list of numbers from 0.25 to 5"),
+    "averaged_steps": (_whole(1, 2**62), "a whole number of at least 1"),
     "epoch": (_whole(0, 2**31), "a whole number of at least 0"),
     "args": (_is_plain, "a dict of flags with plain values"),
     "best_dice": (_or_none(_number(-1, 1.001)), "a number from -1 to 1"),

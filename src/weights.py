@@ -7,9 +7,10 @@ photographs were normalised), `normalization` (unless it is "dataset", each was 
 brought to), `trained_scale` (what the training photographs were resized by for that), `close_ups` (whether most of them
 show no border of the field of view), `trained_on` and `validated_on` (digests of the photographs' files), `best_dice`,
 `history` (the rows of the results files), `selected_on` (the photographs that the best epoch was chosen on), `tta`
-(whether to take the mean over views) and `tta_scales` (of these views, see `src.segment.views`). Two keys are optional:
-`training_model` (the weights to continue from, if `model` is an average) and `threshold` (the probability above which a
-pixel is a vessel, at the training photographs' scale). `src.checkpoint_values` has a rule for each value.
+(whether to take the mean over views) and `tta_scales` (of these views, see `src.segment.views`). Three keys are
+optional: `training_model` (the weights to continue from) and `averaged_steps`, if `model` is an average, and
+`threshold` (the probability above which a pixel is a vessel, at the training photographs' scale).
+`src.checkpoint_values` has a rule for each value.
 """
 
 import argparse

@@ -118,6 +118,8 @@ ALTERED = {
     "epoch -3": put("epoch", -3),
     "epoch 1.5": put("epoch", 1.5),
     "epoch huge": put("epoch", 10**400),
+    "averaged_steps 0": put("averaged_steps", 0),
+    "averaged_steps text": put("averaged_steps", "9"),
     "args list": put("args", [1]),
     "args none": put("args", None),
     "args tensor": put("args", "lr", torch.zeros(2)),

@@ -165,8 +165,9 @@ def test_the_weights_say_how_to_use_them(quick_weights):
     assert checkpoint["lr_scheduler"]["last_epoch"] == 40 * (checkpoint["epoch"] + 1)
 
 
-def test_the_average_is_that_of_the_steps(shared_drive, working_directory, monkeypatch):
-    """After n steps: decay^(n - 1) of the first step's weights, and (1 - decay) decay^(n - k) of the k-th's."""
+@pytest.fixture
+def steps(monkeypatch):
+    """One of the weights after each step of the runs to come."""
     steps = []
     original = torch.optim.swa_utils.AveragedModel.update_parameters
 
@@ -175,12 +176,40 @@ def test_the_average_is_that_of_the_steps(shared_drive, working_directory, monke
         original(self, model)
 
     monkeypatch.setattr(torch.optim.swa_utils.AveragedModel, "update_parameters", update)
-    run(shared_drive, "--epochs", 2, "--steps-per-epoch", 3, "--ema-decay", 0.75)
-    average = steps[0] * 0.75**5 + sum(0.25 * 0.75 ** (5 - k) * steps[k] for k in range(1, 6))
-    assert len(steps) == 6
+    return steps
+
+
+def averaged_and_last():
     checkpoint = load_checkpoint("save_weights/last_model.pth")
-    assert torch.allclose(checkpoint["model"]["out_conv.0.weight"], average, atol=1e-6)
-    assert torch.equal(checkpoint["training_model"]["out_conv.0.weight"], steps[-1])
+    return checkpoint["model"]["out_conv.0.weight"], checkpoint["training_model"]["out_conv.0.weight"]
+
+
+def test_the_average_is_that_of_the_steps(shared_drive, working_directory, steps):
+    """Step k counts k times, until a step counts for 1 - decay of the average: with 0.6, from the fifth step on."""
+    run(shared_drive, "--epochs", 2, "--steps-per-epoch", 3, "--ema-decay", 0.6)
+    assert len(steps) == 6
+    average = sum(k * step for k, step in enumerate(steps[:4], 1)) / 10
+    average = 0.6 * (0.6 * average + 0.4 * steps[4]) + 0.4 * steps[5]
+    averaged, last = averaged_and_last()
+    assert torch.allclose(averaged, average, atol=1e-6)
+    assert torch.equal(last, steps[-1])
+
+
+def test_weights_to_start_from_count_as_a_whole_average(shared_drive, working_directory, steps):
+    run(shared_drive, "--epochs", 1, "--steps-per-epoch", 2, "--output-dir", "first")
+    start = load_checkpoint("first/last_model.pth")["model"]["out_conv.0.weight"]
+    steps.clear()
+    flags = ["--epochs", 1, "--steps-per-epoch", 2, "--ema-decay", 0.9]
+    run(shared_drive, *flags, "--init-weights", "first/last_model.pth", "--train-on-all")
+    averaged, _ = averaged_and_last()
+    assert torch.allclose(averaged, 0.81 * start + 0.09 * steps[0] + 0.1 * steps[1], atol=1e-6)
+
+
+def test_an_average_of_few_steps_is_of_use_at_once(shared_drive, working_directory):
+    """An average that began with the random weights would find no vessel for an epoch."""
+    flags = ["--recipe", "quick", "--ema-decay", 0.998, "--lr", 0.016]
+    run(shared_drive, *flags, "--epochs", 1, "--steps-per-epoch", 60)
+    assert load_checkpoint("save_weights/last_model.pth")["best_dice"] > 0.3
 
 
 def test_predict_obeys_the_weights_and_agrees_with_the_scores(quick_weights, shared_drive, tmp_path):

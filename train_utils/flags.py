@@ -137,7 +137,8 @@ def add_training_flags(parser: Parser) -> None:
     group.add_argument(
         "--ema-decay",
         type=fraction,
-        help="decay per step of the moving average of the weights, which is evaluated and saved; 0: no average",
+        help="decay per step of the moving average of the weights, which is evaluated and saved (less in the first "
+        "steps); 0: no average",
     )
     group.add_argument("--seed", default=0, type=at_least(0), help="seed of all random numbers")
     group = parser.group("speed")

@@ -3,12 +3,13 @@
 import argparse
 import copy
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from src.dataset_files import LabelledPhotograph, describe
@@ -144,6 +145,7 @@ class TrainingState:
         }
         if self.averaged is not None:
             state["training_model"] = self.model.state_dict()
+            state["averaged_steps"] = int(self.averaged.n_averaged)
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
         return _copy_on_host(state)
@@ -157,7 +159,7 @@ class TrainingState:
         load_weights(self.model, checkpoint)
         if self.averaged is not None:
             load_weights(self.averaged.module, checkpoint)
-            self.averaged.n_averaged.fill_(1)  # at 0 the first step would replace the average
+            self.averaged.n_averaged.fill_(_whole_average(self.args.ema_decay))
         self._count_as_trained_on(checkpoint)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -172,7 +174,8 @@ class TrainingState:
         load_weights(self.model, checkpoint | {"model": checkpoint.get("training_model", checkpoint["model"])})
         if self.averaged is not None:
             load_weights(self.averaged.module, checkpoint)
-            self.averaged.n_averaged.fill_(1)  # at 0 the next step would replace the average
+            steps = checkpoint.get("averaged_steps", _whole_average(args.ema_decay))
+            self.averaged.n_averaged.fill_(steps)
         self._restore_optimizer(checkpoint)
         if self.scaler is not None and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
@@ -221,7 +224,7 @@ class TrainingState:
         # Fused kernels need the state in the memory format of its weight, but it was saved in that of the earlier run.
         for parameter, state in self.optimizer.state.items():
             for name, value in state.items():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
                     state[name] = torch.empty_like(parameter).copy_(value)
 
     def _report_changes(self, before: dict[str, Any]) -> None:
@@ -240,7 +243,7 @@ class TrainingState:
 
 
 def _copy_on_host(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return value.to("cpu", copy=True)
     if isinstance(value, dict):
         copied = copy.copy(value)  # keeps the attributes of a state dict
@@ -286,7 +289,7 @@ def _is_kept_by(optimizer: str, values: Any, parameter: nn.Parameter) -> bool:
     if not isinstance(values, Mapping) or values.keys() != shapes.keys():
         return False
     return all(
-        isinstance(value, torch.Tensor)
+        isinstance(value, Tensor)
         and value.shape == shapes[name]
         and bool(value.isfinite().all())
         and not (name in ("step", "exp_avg_sq") and (value < 0).any())
@@ -295,7 +298,22 @@ def _is_kept_by(optimizer: str, values: Any, parameter: nn.Parameter) -> bool:
 
 
 def _make_average(model: nn.Module, decay: float) -> AveragedModel | None:
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+    """The moving average of a model's weights; until it is as long as `decay` makes it, step n counts n times."""
+    if not decay:
+        return None
+    average = AveragedModel(model, use_buffers=True)
+
+    def update(averaged: list[Tensor], current: list[Tensor], _: Tensor) -> None:
+        steps = int(average.n_averaged)  # on the host; reading the one that is passed would wait for a GPU
+        get_ema_multi_avg_fn(min(decay, steps / (steps + 2)))(averaged, current, steps)
+
+    average.multi_avg_fn = update
+    return average
+
+
+def _whole_average(decay: float) -> int:
+    """After how many steps a moving average has its full length."""
+    return math.ceil(2 * decay / (1 - decay))
 
 
 def _make_scaler(args: argparse.Namespace, device: torch.device) -> torch.amp.GradScaler | None:
