@@ -216,7 +216,7 @@ def digests(path: Path, settings: str, args: argparse.Namespace) -> Row:
         parts = [settings.encode(), *([roi_mask] if roi_mask else [str(args.roi_mask).encode()])]
         return {"photograph_digest": digest(path), "settings_digest": digest(*parts)}
     except OSError as error:
-        raise PhotographError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise PhotographError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
 
 
 def describe_settings(args: argparse.Namespace) -> str:

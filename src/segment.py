@@ -160,25 +160,37 @@ def resize_probabilities(probabilities: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(probabilities, tuple(size), mode="bilinear", antialias=True)
 
 
-def probabilities_in_parts(probabilities: Tensor, size: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+def narrowed(probabilities: Tensor, widened: float) -> Tensor:
+    """Probabilities of vessels whose log-odds are lower by what `widening` gives."""
+    if not widened:
+        return probabilities
+    return probabilities / (probabilities + (1 - probabilities) * math.exp(widened))
+
+
+def probabilities_in_parts(
+    probabilities: Tensor, size: Sequence[int], widened: float = 0.0
+) -> Iterator[tuple[slice, Tensor]]:
     """Probabilities [C, h, w] from `segment`, at each pixel of the photograph itself, whose size is (H, W).
 
     Those of a photograph of more than LARGE pixels come in parts, because all together they take gigabytes; unless it
     was enlarged for the model.
+
+    Args:
+        widened: see `narrowed`.
 
     Yields:
         rows of the photograph, and their probabilities, float64 [C, rows, W].
     """
     (h, _), (height, width) = probabilities.shape[-2:], size
     if height * width <= LARGE or h > height:
-        yield slice(0, height), resize_probabilities(probabilities[None], size)[0]
+        yield slice(0, height), narrowed(resize_probabilities(probabilities[None], size)[0], widened)
         return
     for top in range(0, height, ROWS_AT_ONCE):
         rows = slice(top, min(top + ROWS_AT_ONCE, height))
         y = ((torch.arange(rows.start, rows.stop).double() + 0.5) * (h / height) - 0.5).clamp(0, h - 1)
         above, below = y.floor().long(), y.ceil().long()
         part = torch.lerp(probabilities[:, above], probabilities[:, below], (y - above)[:, None])  # [C, rows, w]
-        yield rows, resize_probabilities(part[None], (len(y), width))[0]
+        yield rows, narrowed(resize_probabilities(part[None], (len(y), width))[0], widened)
 
 
 def logits_of_size(logits: Tensor, size: Sequence[int]) -> Tensor:

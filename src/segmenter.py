@@ -1,7 +1,6 @@
 """A photograph -> its vessels, by a model and what its file of weights tells of the preparation."""
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from .segment import (
     ONE_SIZE,
     Votes,
     match_scale,
+    narrowed,
     prepare_at_scale,
     probabilities_in_parts,
     resize_probabilities,
@@ -55,13 +55,14 @@ class Segmentation:
     scale: float  # that the photograph was resized by for the model
     # Float64 [C - 1, h, w] at that scale, or at the largest that they are a mean of; of all classes but the background.
     working_probabilities: Tensor
+    widened: float  # by how much their log-odds are too high for the photograph itself, see `src.segment.widening`
     labels: np.ndarray  # uint8 [H, W]; 0 is the background and everything outside the field of view
     reliability: float | None  # the Dice that is expected, 0 to 1; None without flips, or of more than two classes
 
     @property
     def probabilities(self) -> Tensor:
         """Those of all classes except the background, float64 [C - 1, H, W]."""
-        return resize_probabilities(self.working_probabilities[None], self.labels.shape)[0]
+        return narrowed(resize_probabilities(self.working_probabilities[None], self.labels.shape)[0], self.widened)
 
     @property
     def vessels(self) -> np.ndarray:
@@ -112,7 +113,7 @@ class Segmenter:
             field_of_view: where vessels count, bool [H, W]; None: where the retina is.
             retina: what scale and colours follow from, bool [H, W]; None: the field of view if that is given, else what
                 is found in the photograph.
-            threshold: probability above which a pixel is a vessel, at the training photographs' scale.
+            threshold: probability above which a pixel is a vessel.
             scale: factor to resize the photograph by; None: see `working_scale`.
             flips: average over the views that the weights name, or over the four flips (where they name none, or sizes
                 although there is a `scale`). None: as the weights say.
@@ -133,16 +134,17 @@ class Segmenter:
             scales = ONE_SIZE
         if scale is None:
             scale = self.working_scale(image, retina, tile=tile, batch_size=batch_size)
-        votes = Votes() if flips and self.checkpoint["model_args"]["num_classes"] == 2 else None
+        two_classes = self.checkpoint["model_args"]["num_classes"] == 2
+        votes = Votes() if flips and two_classes else None
         of_views = {"flips": flips, "scales": scales, "votes": votes}
         working_probabilities = self._segment(image, retina, scale, tile=tile, batch_size=batch_size, **of_views)
-        shift = widening(scale, self.checkpoint.get("trained_scale"))
+        widened = widening(scale, self.checkpoint.get("trained_scale")) if two_classes else 0.0
         labels = np.empty(image.shape[:2], np.uint8)
-        for rows, probabilities in probabilities_in_parts(working_probabilities, labels.shape):
-            labels[rows] = classify(probabilities, threshold, shift)
+        for rows, probabilities in probabilities_in_parts(working_probabilities, labels.shape, widened):
+            labels[rows] = classify(probabilities, threshold)
         labels[~field_of_view] = 0
         reliability = expected_dice(labels > 0, field_of_view, votes) if votes else None
-        return Segmentation(image, field_of_view, diameter, scale, working_probabilities, labels, reliability)
+        return Segmentation(image, field_of_view, diameter, scale, working_probabilities, widened, labels, reliability)
 
     def working_scale(
         self, photograph: np.ndarray, retina: np.ndarray, *, tile: int | None = None, batch_size: int = 1
@@ -216,14 +218,9 @@ def load_pretrained(weights: str | Path = PRETRAINED, device: str | torch.device
     return Segmenter(*load_model(weights, torch.device(device)))
 
 
-def classify(probabilities: Tensor, threshold: float, shift: float = 0.0) -> np.ndarray:
-    """The class of each pixel, uint8 [H, W]: by the threshold for two classes, else the most probable one.
-
-    `shift` is added to the log-odds of the threshold.
-    """
+def classify(probabilities: Tensor, threshold: float) -> np.ndarray:
+    """The class of each pixel, uint8 [H, W]: by the threshold for two classes, else the most probable one."""
     if len(probabilities) == 1:
-        if shift:
-            threshold = 1 / (1 + (1 - threshold) / threshold * math.exp(-shift))
         return (probabilities[0] > threshold).to(torch.uint8).numpy()
     background = 1 - probabilities.sum(dim=0, keepdim=True)
     return torch.cat([background, probabilities]).argmax(dim=0).to(torch.uint8).numpy()

@@ -31,7 +31,7 @@ from src.reliability import (
     sharpness,
     signals,
 )
-from src.segment import ONE_SIZE, Votes, prepare_at_scale, resize_probabilities, segment, widening
+from src.segment import ONE_SIZE, Votes, narrowed, prepare_at_scale, resize_probabilities, segment, widening
 from src.segmenter import Segmenter, classify
 from src.weights import load_model, normalization_of
 
@@ -101,7 +101,7 @@ def measure(photograph, truth, inside, model, checkpoint):
     mean, std = checkpoint["mean"], checkpoint["std"]
     probabilities = segment(model, prepared, mean, std, flips=True, scales=scales, votes=votes)
     probabilities = resize_probabilities(probabilities[None], photograph.shape[:2])[0]
-    mask = (classify(probabilities, 0.5, widening(scale, trained_scale)) > 0) & retina
+    mask = (classify(narrowed(probabilities, widening(scale, trained_scale)), 0.5) > 0) & retina
     share = mask.sum() / retina.sum()
     reliability = expected_dice(mask, retina, votes)
     return {

@@ -26,10 +26,10 @@ from src.segmenter import PRETRAINED
 from tests.pictures import disc
 from tests.test_checkpoint import save_as_the_tutorial
 from tests.test_photograph import make_broken
-from train_utils import load_model, save_checkpoint
+from train_utils import load_model, prediction_table, save_checkpoint
 from train_utils.command_line import run_script
 from train_utils.data_loading import evaluation_loader
-from train_utils.files import write_csv
+from train_utils.files import sha256_of, write_csv
 from train_utils.in_order import MOST_HELD
 from train_utils.prediction_table import PredictionTable, escaped
 from train_utils.synthetic_drive import synthetic_photograph, write_synthetic_drive
@@ -413,7 +413,7 @@ def test_pictures_that_no_table_tells_of_stay(tmp_path, weights, photographs, ca
     before = label.read_bytes()
     flags = "--weights", weights, "--image", photographs, "--output", labels
     message = fails(capsys, *flags)
-    assert f"--output {labels}: holds 03_vessels.png and no predictions.csv" in message and "--overwrite" in message
+    assert f"--output {labels}: 03_vessels.png is there, and no predictions.csv" in message and "--overwrite" in message
     assert label.read_bytes() == before and files(labels) == ["03_vessels.png"]
     run(*flags, "--overwrite")
     assert label.read_bytes() != before
@@ -1052,6 +1052,35 @@ def test_inputs_are_never_overwritten(tmp_path, weights, photographs, capsys, mo
     assert "would overwrite the input" in message("x_overlay.png", "--output", "x.png")
     assert {path.name: path.read_bytes() for path in photographs.iterdir()} == before
     assert (tmp_path / "roi.png").read_bytes() == mask
+
+
+def test_another_picture_beside_one_mask_stays(tmp_path, weights, photographs, capsys):
+    theirs = tmp_path / "left_overlay.png"
+    Image.new("RGB", (4, 4)).save(theirs)
+    before = theirs.read_bytes()
+    flags = "--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "left.png", "--overlay"
+    message = fails(capsys, *flags)
+    assert "left_overlay.png is there, and no mask that tells of it" in message and theirs.read_bytes() == before
+    run(*flags, "--overwrite")
+    assert theirs.read_bytes() != before
+    run(*flags)  # it is ours now
+
+
+def test_the_file_that_cannot_be_read_is_named(tmp_path, weights, photographs, capsys, monkeypatch):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    roi_mask = masks / "01.png"
+    Image.new("L", (80, 72), 255).save(roi_mask)
+    flags = "--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "out.png", "--roi-mask"
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction_table, "sha256_of", lambda path: refuse(path) if path == roi_mask else sha256_of(path))
+        assert f"{roi_mask}: cannot be read (Permission denied)" in fails(capsys, *flags, roi_mask)
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert f"--roi-mask {masks}: cannot be read (Permission denied)" in fails(capsys, *flags, masks)
 
 
 def test_a_folder_of_photographs_that_is_read_only(tmp_path, weights, photographs):

@@ -16,6 +16,7 @@ import predict
 import train
 from my_dataset import DriveDataset
 from src import Segmenter, load_pretrained
+from src.segment import narrowed
 from src.segmenter import PRETRAINED
 from src.weights import CheckpointError, load_checkpoint
 from tests.conftest import SMALL_RUN
@@ -116,6 +117,23 @@ def test_a_mask_read_from_one_bit_counts_as_any_other(tmp_path, photograph):
     segmenter = load_pretrained(save(tmp_path / "local.pth", make_model(), normalization="local"))
     first, second = (segmenter(photograph, mask).probabilities for mask in (inside, of_one_bit))
     assert torch.equal(first, second)
+
+
+def test_the_probability_is_that_of_the_mask_where_vessels_are_narrowed(tmp_path, photograph):
+    """The labels were drawn in larger pixels than those of the photograph, so vessels end at higher log-odds."""
+    weights = save(tmp_path / "shrinking.pth", make_model(), fov_diameter=40, trained_scale=1.0)
+    segmentation = load_pretrained(weights)(photograph, threshold=0.6)
+    assert segmentation.scale < 0.8 and segmentation.widened > 0.2
+    np.testing.assert_array_equal(segmentation.vessels, (segmentation.probability > 0.6) & segmentation.field_of_view)
+    log_odds = segmentation.working_probabilities.logit() - segmentation.widened
+    expected = narrowed(segmentation.working_probabilities, segmentation.widened)
+    torch.testing.assert_close(expected, log_odds.sigmoid())
+    flags = "--weights", str(weights), "--image", str(photograph), "--output", str(tmp_path / "out"), "--save-prob"
+    predict.main(predict.parse_args([*flags, "--device", "cpu"]))
+    mask, probability = (
+        np.array(Image.open(tmp_path / "out" / f"photograph_{kind}.png")) for kind in ("vessels", "probability")
+    )
+    np.testing.assert_array_equal(mask == 255, probability > 32767)
 
 
 def test_missing_weights_are_named(tmp_path):

@@ -109,8 +109,7 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
         raise UsageError(f"--report: needs a folder, but --output {output} is one file; name a folder")
     masks = [output] if looks_like_a_file else [output / f"{name}_vessels.png" for name in output_names(photographs)]
 
-    roi_masks = Path(args.roi_mask or "auto")
-    inputs = (*photographs, args.weights, *(roi_masks.iterdir() if os.path.isdir(roi_masks) else [roi_masks]))
+    inputs = (*photographs, args.weights, *_roi_masks(Path(args.roi_mask or "auto")))
     written = [path for mask in masks for path in (mask, beside(mask, "probability"), beside(mask, "overlay"))]
     if args.report:
         written += [output / REPORT, *(path for mask in masks for path in thumbnail_paths(mask))]
@@ -120,6 +119,8 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
     if looks_like_a_file:
         if _is_mask(output) is False:
             raise UsageError(f"--output {output}: would overwrite a picture that is no mask; choose another name")
+        if not args.overwrite and not os.path.lexists(output):
+            _require_nothing_there(picture_paths(output, args), f"--output {output}", "mask")
         return None, masks
     folders = {os.path.realpath(folder) for folder in (output, *([output / THUMBNAILS] if args.report else []))}
     if any(os.path.realpath(path.parent) in folders for path in photographs):
@@ -128,13 +129,25 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
             "photographs; choose another folder"
         )
     if not args.overwrite and not os.path.exists(output / TABLE):
-        there = [path for mask in masks for path in picture_paths(mask, args) if os.path.lexists(path)]
-        if there:
-            raise UsageError(
-                f"--output {output}: holds {there[0].name} and no {TABLE} that tells of it; choose another folder, or "
-                f"let --overwrite replace what is there ({len(there)} pictures)"
-            )
+        pictures = [path for mask in masks for path in picture_paths(mask, args)]
+        _require_nothing_there(pictures, f"--output {output}", TABLE)
     return output / TABLE, masks
+
+
+def _roi_masks(path: Path) -> list[Path]:
+    try:
+        return list(path.iterdir()) if os.path.isdir(path) else [path]
+    except OSError as error:
+        raise UsageError(f"--roi-mask {path}: cannot be read ({error.strerror}); change its permissions") from error
+
+
+def _require_nothing_there(pictures: Sequence[Path], flag: str, teller: str) -> None:
+    there = [path for path in pictures if os.path.lexists(path)]
+    if there:
+        raise UsageError(
+            f"{flag}: {there[0].name} is there, and no {teller} that tells of it; choose another name, or let "
+            f"--overwrite replace what is there ({len(there)} picture{'s' if len(there) > 1 else ''})"
+        )
 
 
 def output_names(photographs: Sequence[Path]) -> list[str]:
@@ -246,7 +259,9 @@ def draw_overlay(prediction: Prediction) -> Image.Image:
 def draw_probability(prediction: Prediction) -> Image.Image:
     """The probability of a vessel of any class, times 65535: grey of 16 bits; outside the field of view 0."""
     levels = np.empty(prediction.labels.shape, np.uint16)
-    for rows, probabilities in probabilities_in_parts(prediction.working_probabilities, levels.shape):
+    for rows, probabilities in probabilities_in_parts(
+        prediction.working_probabilities, levels.shape, prediction.widened
+    ):
         vessels = probabilities.sum(dim=0).numpy() * prediction.field_of_view[rows]
         levels[rows] = np.rint(vessels.clip(0, 1) * 65535)
     return Image.fromarray(levels)
