@@ -15,7 +15,7 @@ import torch
 from src import create_model
 from src.dataset_files import find_parts
 from src.errors import DatasetError
-from train_utils.checkpoint import BEST_MODEL, LAST_MODEL
+from train_utils.checkpoint import BEST_MODEL
 from train_utils.command_line import Parser, UsageError, at_least, run_script, select_device
 from train_utils.data_loading import make_loaders, open_datasets
 from train_utils.files import make_output_folder
@@ -58,7 +58,7 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
     checkpoint = load_to_resume(args)
     settle(args, device, checkpoint)
     train_data, val_data = open_datasets(args, device)
-    check_what_is_scored(train_data.files, args)
+    check_what_is_scored(train_data.files, val_data.files, args, checkpoint)
     train_loader, val_loaders = make_loaders(train_data, val_data, device, args, drop_last=False)
 
     torch.manual_seed(args.seed)
@@ -71,7 +71,7 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
     conclude_training(device, args, best_dice)
     if args.demo and val_data.files:
         photograph, roi_mask = val_data.files[0].photograph, val_data.files[0].roi_mask
-        weights = Path(args.output_dir, BEST_MODEL if args.save_best else LAST_MODEL)
+        weights = Path(args.output_dir, BEST_MODEL)
         flags = ["--weights", weights, "--image", photograph, *(["--roi-mask", roi_mask] if roi_mask else [])]
         output = Path(args.output_dir, f"{photograph.stem}_vessels.png")
         print(f"now try: {shlex.join(map(str, ['python', 'predict.py', *flags, '--output', output]))}")

@@ -51,7 +51,7 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
     checkpoint = load_to_resume(args)
     settle(args, device, checkpoint)
     train_data, val_data = open_datasets(args, device)
-    check_what_is_scored(train_data.files, args)
+    check_what_is_scored(train_data.files, val_data.files, args, checkpoint)
     require_a_step(len(train_data), args)
     train_loader, val_loaders = make_loaders(train_data, val_data, device, args, drop_last=True)
 

@@ -487,6 +487,24 @@ def test_masks_of_a_training_part_alone(drive, working_directory):
     assert len(scores()["photographs"]) == 6
 
 
+def test_weights_that_know_all_that_is_to_be_scored(shared_drive, own, working_directory, tmp_path, capsys):
+    run("--data-path", own, "--epochs", 1, "--train-on-all")
+    drive = tmp_path / "mixed"
+    shutil.copytree(shared_drive / "DRIVE" / "training", drive / "training")
+    shutil.copytree(own, drive / "test")
+    flags = ["--data-path", drive, "--init-weights", "out/last_model.pth", "--val-split", 1, "--output-dir", "tuned"]
+    assert "these weights were trained on all" in fails(capsys, *flags)
+    assert not list(Path("tuned").glob("*.pth"))  # before the first epoch
+
+
+def test_folders_that_cannot_be_looked_into(own, working_directory, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert f"--data-path {own}: cannot be read (Permission denied)" in fails(capsys, "--data-path", own)
+
+
 def test_resuming_on_other_photographs(shared_drive, own, working_directory, capsys):
     run("--data-path", own, "--epochs", 1, "--fold", "1/3")
     again = ["--data-path", own, "--epochs", 2, "--output-dir", "out", "--resume", "auto"]

@@ -455,7 +455,7 @@ def test_the_best_of_all_epochs_is_scored(shared_drive, working_directory):
     history = load_checkpoint("last_model.pth")["history"]
     best = max(history, key=lambda row: row["dice"])["epoch"]
     report = json.loads(Path("scores.json").read_text())
-    assert report["weights"] == f"model_{best}.pth" and report["epoch"] == best
+    assert report["weights"] == "best_model.pth" and report["epoch"] == best
 
 
 def score_as_script(*flags):
@@ -581,6 +581,17 @@ def test_three_classes_score_the_first(shared_drive):
         probability = torch.sigmoid(vessel_log_odds(ThreeClasses()(image.unsqueeze(0))["out"]))[0]
         assert score.model.field_of_view == PixelCounts.of(probability > 0.3, label)
     assert not math.isnan(measurement.field_of_view.roc_auc())
+
+
+def test_further_classes_count_as_background_over_all_thresholds_too(shared_drive):
+    dataset = DriveDataset(shared_drive, False, get_transform(False, MEAN, STD))
+    for label, classes in zip(dataset.labels, dataset.classes, strict=True):
+        further = (label == 0) & (np.arange(label.shape[1]) % 2 == 0)
+        label[further] = classes[further] = 2
+    model = GreenModel()
+    model.model_args = {"num_classes": 3}
+    measurement = measure(model, dataset, CPU, 0.5)
+    assert measurement.field_of_view.counts.sum() == sum((label != 255).sum() for label in dataset.labels)
 
 
 def test_real_photographs(real_drive, working_directory):

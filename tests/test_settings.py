@@ -91,6 +91,18 @@ def test_wrong_precision(shared_drive, working_directory, capsys):
         assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--arch", "mobilenet_v3", "--crop-size", "32"), "--crop-size 32: one pixel is left of it"),
+        (("--num-classes", "2", "--threshold", "auto"), "--threshold auto: has no meaning for 3 classes"),
+    ],
+)
+def test_flags_that_would_fail_later(settled, flags, message):
+    with pytest.raises(UsageError, match=message):
+        settled(CPU, *flags)
+
+
 def test_loss_scaling_is_for_float16_alone(settled):
     for flags, scaled in ((["--amp"], True), (["--amp", "--amp-dtype", "bfloat16"], False), ([], False)):
         state = TrainingState(train.create_model(base_c=2), CPU, 1, settled(CUDA, *flags))

@@ -112,7 +112,18 @@ def test_epochs_differ_in_what_they_draw(shared_drive, working_directory):
 
 def test_without_save_best_every_epoch_is_kept(shared_drive, working_directory):
     run(shared_drive, "--epochs", "2", "--save-best", "False", "--output-dir", "out")
-    assert sorted(path.name for path in Path("out").glob("*.pth")) == ["last_model.pth", "model_0.pth", "model_1.pth"]
+    names = sorted(path.name for path in Path("out").glob("*.pth"))
+    assert names == ["best_model.pth", "last_model.pth", "model_0.pth", "model_1.pth"]
+
+
+def test_no_older_weights_than_the_best_stay(shared_drive, working_directory):
+    """They would be scored by `--test-only --resume auto`, and used by predict.py."""
+    run(shared_drive, "--epochs", "1", "--lr", "0")
+    run(shared_drive, "--epochs", "1", "--lr", "0", "--seed", "5", "--no-save-best", "--overwrite")
+    assert load_checkpoint("save_weights/best_model.pth")["args"]["seed"] == 5
+    run(shared_drive, "--epochs", "1", "--seed", "6", "--overwrite", "--train-on-all")
+    assert load_checkpoint("save_weights/best_model.pth")["args"]["seed"] == 6
+    assert not Path("save_weights/scores.json").exists()
 
 
 def test_same_seed_same_numbers_whatever_the_workers(shared_drive, tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def fit(
     """Train for the remaining epochs by the settled flags in `state.args`; return the best Dice, -1 without any.
 
     The main process writes the results files into the working directory. It writes the newest state and that of the
-    best epoch (without `args.save_best`: of every epoch) into `args.output_dir`.
+    best epoch (without `args.save_best`: and of every epoch) into `args.output_dir`.
 
     Args:
         model: `state.model`, or its wrapper for training in many processes.

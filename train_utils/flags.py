@@ -183,7 +183,7 @@ def add_training_flags(parser: Parser) -> None:
         action=_PrintFreq,
         help="steps between progress lines, each of which stays; without this flag a terminal shows one line an epoch",
     )
-    add_switch(group, "--save-best", default=True, help="keep only the best epoch, not every one")
+    add_switch(group, "--save-best", default=True, help="keep only the best epoch and the last, not every one")
     group.add_argument(
         "--overwrite",
         action="store_true",

@@ -24,13 +24,14 @@ from src.weights import Checkpoint
 from .checkpoint import BEST_MODEL, LAST_MODEL
 from .command_line import UsageError
 from .distributed_utils import on_main_process
-from .files import replace_whole, require_no_input, sha256_of
+from .files import remove, replace_whole, require_no_input, sha256_of
 from .lock import FolderLock
 from .settings import roots
 
 PROJECT = Path(__file__).parents[1]
 RUN, LOCK = "run.json", "run.lock"
-WRITTEN = (BEST_MODEL, LAST_MODEL, RUN, "scores.json", "scores.csv", "scores.png", "curves.png")
+SCORES = ("scores.json", "scores.csv", "scores.png", "curves.png")
+WRITTEN = (BEST_MODEL, LAST_MODEL, RUN, *SCORES)
 
 
 @contextlib.contextmanager
@@ -136,6 +137,9 @@ def _record_run(
     }
     with replace_whole(path) as file:
         file.write((json.dumps(record, indent=2) + "\n").encode())
+    if first_epoch is None and args.overwrite:  # --train-on-all would leave those of the replaced run
+        for name in SCORES:
+            remove(path.with_name(name))
 
 
 def _digest(*parts: Sequence[LabelledPhotograph]) -> str:

@@ -36,7 +36,7 @@ def _write(checkpoint: Checkpoint, improved: bool, args: argparse.Namespace, res
     folder = Path(args.output_dir)
     if not args.save_best:
         save_checkpoint(checkpoint, folder / f"model_{checkpoint['epoch']}.pth")
-    elif improved:
+    if improved:
         save_checkpoint(checkpoint, folder / BEST_MODEL)
     save_checkpoint(checkpoint, folder / LAST_MODEL)
     results.write(checkpoint["history"])

@@ -16,6 +16,8 @@ from .distributed_utils import broadcast_object, gather_objects, is_main_process
 from .flags import SHARE_FOR_PHOTOGRAPHS
 from .mixed_precision import settle_amp
 
+MOBILENET_STRIDE = 32  # pixels along a side for one of the deepest features
+
 
 def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoint | None = None) -> None:
     """Settle every flag of `add_training_flags` that was left open; from here on `args` is only read.
@@ -41,6 +43,13 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
         )
     if args.init_weights and checkpoint is not None and is_main_process():
         print(f"--init-weights {args.init_weights}: not read again, as the run goes on from {checkpoint['path']}")
+    if args.threshold == "auto":
+        require_two_classes_for_threshold(args.num_classes + 1)
+    if args.arch == "mobilenet_v3" and args.crop_size <= MOBILENET_STRIDE:
+        raise UsageError(
+            f"--crop-size {args.crop_size}: one pixel is left of it in --arch mobilenet_v3, of which BatchNorm cannot "
+            f"learn; give more than {MOBILENET_STRIDE}"
+        )
     settle_amp(args, device)
     if args.channels_last is None:
         # The processors of several machines may differ, but the model's copies may not.
@@ -77,6 +86,16 @@ def require_use_of_scales(args: argparse.Namespace, checkpoint: Checkpoint | Non
     """
     if args.tta_scales and args.tta is None and not (checkpoint and checkpoint.get("tta")):
         raise UsageError(f"--tta-scales {' '.join(map(str, args.tta_scales))}: does nothing without --tta; add --tta")
+
+
+def require_two_classes_for_threshold(classes: int) -> None:
+    """Raise where a threshold is to be chosen for a model of more than two classes.
+
+    Raises:
+        UsageError: it is.
+    """
+    if classes > 2:
+        raise UsageError(f"--threshold auto: has no meaning for {classes} classes; leave it out")
 
 
 def _diameter_to_go_on_at(weights: str, diameter: float) -> float:

@@ -152,7 +152,7 @@ def measure(
         label = label[0]  # [H, W]
         inside = label != OUTSIDE
         truth = torch.from_numpy(dataset.classes[index]).to(device) == VESSEL  # [H, W], outside the field of view too
-        measurement.field_of_view.update(log_odds, label)
+        measurement.field_of_view.update(log_odds, truth.long().masked_fill(~inside, OUTSIDE))
         measurement.full_frame.update(log_odds.masked_fill(~inside, -math.inf), truth.long())
         prediction = (log_odds > math.log(threshold / (1 - threshold))) & inside
         _add(measurement, dataset, index, names, prediction, truth, inside)

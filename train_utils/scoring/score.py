@@ -30,7 +30,7 @@ from ..data_loading import reading
 from ..distributed_utils import is_main_process, on_main_process
 from ..files import sha256_of
 from ..memory import explain_out_of_memory
-from ..settings import fold, require_use_of_scales, roots
+from ..settings import fold, require_two_classes_for_threshold, require_use_of_scales, roots
 from .curves import curves
 from .drawing import write_png
 from .measure import Measurement, best_threshold, measure, measure_masks
@@ -114,15 +114,29 @@ def score_masks(folder: str | Path, args: argparse.Namespace) -> None:
     _report(measure_masks(masks, photographs), Origin(f"masks in {folder}"), args)
 
 
-def check_what_is_scored(trained_on: Sequence[LabelledPhotograph], args: argparse.Namespace) -> None:
+def check_what_is_scored(
+    trained_on: Sequence[LabelledPhotograph],
+    validated_on: Sequence[LabelledPhotograph],
+    args: argparse.Namespace,
+    checkpoint: Checkpoint | None,
+) -> None:
     """Read, before a training, what is scored at its end; a fault of a second observer's file is only printed.
 
+    Args:
+        trained_on, validated_on: the photographs of the training.
+        args: the settled flags.
+        checkpoint: that training goes on from.
+
     Raises:
-        DatasetError: a file cannot be used.
+        DatasetError: a file cannot be used, or nothing is left to score.
     """
     if args.train_on_all:
         return
-    files = _files_to_score(args, {"trained_on": [item.digest for item in trained_on]})
+    before = load_checkpoint(args.init_weights) if args.init_weights and checkpoint is None else checkpoint or {}
+    digests, digests_before = [item.digest for item in trained_on], before.get("trained_on", [])
+    if not {item.digest for item in validated_on} & set(digests_before):  # else TrainingState refuses them
+        digests += digests_before
+    files = _files_to_score(args, {"trained_on": digests})
     photographs = DriveDataset.of(files, num_classes=args.num_classes)
     photographs.require_classes(args.num_classes)
     _report_faults(photographs)
@@ -188,7 +202,7 @@ def _best_weights(history: Sequence[Mapping[str, Any]], args: argparse.Namespace
     """The file of the best weights: of this run, or the one that it went on from; None where it is neither."""
     best_row = max(history, key=lambda row: row["dice"], default=None)
     if best_row is not None and best_row["dice"] >= best_dice:
-        best = Path(args.output_dir, BEST_MODEL if args.save_best else f"model_{best_row['epoch']}.pth")
+        best = Path(args.output_dir, BEST_MODEL)
         if best.exists() and load_checkpoint(best).get("epoch") == best_row["epoch"]:
             return best
         print(f"{best}: not written by this run")
@@ -266,6 +280,7 @@ def _settle_threshold(
     """
     if args.threshold != "auto":
         return Threshold(args.threshold, "--threshold")
+    require_two_classes_for_threshold(model.model_args["num_classes"])
     files, held_out = _files_for_threshold(checkpoint, args)
     value = best_threshold(model, _open(files, model, checkpoint, how), device, **how)
     # The threshold holds with these views alone.
