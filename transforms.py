@@ -24,12 +24,11 @@ from my_dataset import OUTSIDE
 from src.colours import ChannelNormalization, to_float
 
 
-def _pad_if_smaller(image: Any, target: Any, size: int) -> tuple[Any, Any]:
-    height, width = F.get_size(image)
+def pad_if_smaller(img: Any, size: int, fill: int = 0) -> Any:
+    """A picture, padded with `fill` at the right and bottom to at least `size` x `size` pixels."""
+    height, width = F.get_size(img)
     padding = [0, 0, max(size - width, 0), max(size - height, 0)]  # left, top, right, bottom
-    if any(padding):
-        image, target = F.pad(image, padding, fill=0), F.pad(target, padding, fill=OUTSIDE)
-    return image, target
+    return F.pad(img, padding, fill=fill) if any(padding) else img
 
 
 def _resize_label(target: Any, size: list[int]) -> Any:
@@ -107,7 +106,7 @@ class RandomCrop:
         self.size = size
 
     def __call__(self, image: Any, target: Any) -> tuple[Any, Any]:
-        image, target = _pad_if_smaller(image, target, self.size)
+        image, target = pad_if_smaller(image, self.size), pad_if_smaller(target, self.size, fill=OUTSIDE)
         height, width = F.get_size(image)
         top = int(torch.randint(0, height - self.size + 1, ()))
         left = int(torch.randint(0, width - self.size + 1, ()))
@@ -280,7 +279,7 @@ class CenterCrop:
         self.size = size
 
     def __call__(self, image: Any, target: Any) -> tuple[Any, Any]:
-        image, target = _pad_if_smaller(image, target, self.size)
+        image, target = pad_if_smaller(image, self.size), pad_if_smaller(target, self.size, fill=OUTSIDE)
         return F.center_crop(image, [self.size, self.size]), F.center_crop(target, [self.size, self.size])
 
 

@@ -62,7 +62,15 @@ def find_parts(root: str | Path) -> dict[str, Path]:
     Raises:
         DatasetError: `root`, or the folder `DRIVE` in it, is no data set.
     """
-    root = Path(root)
+    try:
+        return _find_parts(Path(root))
+    except OSError as error:
+        raise DatasetError(
+            f"--data-path {root}: cannot be read ({error.strerror}); change its permissions, or give another folder"
+        ) from error
+
+
+def _find_parts(root: Path) -> dict[str, Path]:
     for folder in (root / "DRIVE", root):
         parts = {name: folder / name for name in ("training", "test") if (folder / name / "images").is_dir()}
         if parts:

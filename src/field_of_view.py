@@ -146,6 +146,8 @@ def shows_two_discs(photograph: np.ndarray, retina: np.ndarray) -> bool:
 
 def _splits_into_discs(picture: np.ndarray) -> bool:
     """Whether a picture, uint8 [h, w, 3], holds one disc on either side of the column where they would meet."""
+    if picture.shape[0] == 0 or picture.shape[1] < 3:
+        return False
     third = picture.shape[1] // 3
     levels = picture[:, third:-third].astype(np.float32)
     between = third + int(np.abs(levels - np.median(levels, axis=0)).mean(axis=(0, 2)).argmin())

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from my_dataset import read_binary_mask
-from src.field_of_view import field_of_view_diameter, find_field_of_view
+from src.field_of_view import field_of_view_diameter, find_field_of_view, shows_two_discs
 from src.photograph import read_photograph
 from tests.pictures import disc, framed, overlap
 from train_utils.synthetic_drive import synthetic_photograph
@@ -204,6 +204,13 @@ def test_two_photographs_in_one_picture(synthetic, gap, cropped):
             for level in (0, 255):
                 picture = np.concatenate([first, np.full(size, level, np.uint8), second], axis=axis)
                 assert np.mean(find_field_of_view(picture)) > 0.2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (1, 2000), (2000, 1), (2, 3)])
+def test_pictures_too_small_for_two_discs(size):
+    picture = np.full((*size, 3), 90, np.uint8)
+    assert not shows_two_discs(picture, find_field_of_view(picture))
 
 
 def test_a_step_in_the_middle():

@@ -18,6 +18,14 @@ def test_smoothed_value():
     assert value.global_avg == pytest.approx(3)
 
 
+def test_meters_are_attributes():
+    metric_logger = MetricLogger()
+    metric_logger.update(loss=2.0)
+    assert metric_logger.loss.global_avg == 2.0 and str(SmoothedValue(fmt=None).fmt) == metric_logger.loss.fmt
+    with pytest.raises(AttributeError, match="no meter 'lr'"):
+        metric_logger.lr  # noqa: B018
+
+
 def test_log_every(capsys):
     logger = MetricLogger(delimiter="  ")
     for item in logger.log_every([1, 2, 3, 4, 5], 2, "Test:"):

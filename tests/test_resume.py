@@ -89,6 +89,8 @@ def test_a_recipe_interrupted_and_resumed(shared_drive, tmp_path, monkeypatch, o
 
 
 def test_resume_auto_starts_afresh_where_there_is_nothing(shared_drive, undisturbed, working_directory, capsys):
+    Path("save_weights").mkdir()
+    Path("save_weights", "latest.pth").symlink_to("removed.pth")
     run(shared_drive, "--epochs", 6, "--resume", "auto")
     assert "nothing to resume in save_weights, starting afresh" in capsys.readouterr().out
     assert_same_state(undisturbed, load_checkpoint(LAST))

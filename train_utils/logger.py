@@ -24,11 +24,11 @@ class SmoothedValue:
     Tensors stay on their device and are read only when a number is needed, so an update never waits for a GPU.
     """
 
-    def __init__(self, window_size: int = 20, fmt: str = "{value:.4f} ({global_avg:.4f})") -> None:
+    def __init__(self, window_size: int = 20, fmt: str | None = None) -> None:
         self.deque: deque[float | Tensor] = deque(maxlen=window_size)
         self.total: float | Tensor = 0.0
         self.count = 0
-        self.fmt = fmt
+        self.fmt = fmt or "{value:.4f} ({global_avg:.4f})"
 
     def update(self, value: float | Tensor, n: int = 1) -> None:
         self.deque.append(value)
@@ -70,7 +70,7 @@ class SmoothedValue:
 
 
 class MetricLogger:
-    """Named `SmoothedValue`s, and a loop whose main process prints them regularly.
+    """Named `SmoothedValue`s, each an attribute too, and a loop whose main process prints them regularly.
 
     Args:
         delimiter: between the values of a line.
@@ -88,6 +88,11 @@ class MetricLogger:
     def update(self, **values: float | Tensor) -> None:
         for name, value in values.items():
             self.meters.setdefault(name, SmoothedValue()).update(value)
+
+    def __getattr__(self, name: str) -> SmoothedValue:
+        if name in self.__dict__.get("meters", ()):
+            return self.meters[name]
+        raise AttributeError(f"MetricLogger has no attribute and no meter {name!r}")
 
     def synchronize_between_processes(self) -> None:
         for meter in self.meters.values():
