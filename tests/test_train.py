@@ -162,6 +162,7 @@ def test_resume_from_the_tutorial_measures_the_best_first(shared_drive, working_
     assert not Path("save_weights/best_model.pth").exists()
     output = capsys.readouterr().out
     assert "after epoch 7" in output and "epochs 200 -> 9, lr 0.01 -> 0.05, amp True -> False" in output
+    assert "None ->" not in output  # what the file does not tell, and nobody asked for
 
 
 def test_resume_with_fewer_epochs_says_that_nothing_is_left(shared_drive, working_directory, capsys):

@@ -230,7 +230,9 @@ class TrainingState:
     def _report_changes(self, before: dict[str, Any]) -> None:
         # Flags that the file does not name had their defaults: the run is older than the flag, or the tutorial's.
         # (Its working diameter was not recorded, but follows from the same photographs.)
-        before = default_flags() | {"fov_diameter": self.args.fov_diameter} | before
+        # One whose default is open was settled in a way that is not known.
+        defaults = {name: value for name, value in default_flags().items() if value is not None}
+        before = defaults | {"fov_diameter": self.args.fov_diameter} | before
         changed = [
             f"{name} {before[name]} -> {value}"
             for name, value in vars(self.args).items()
