@@ -9,8 +9,7 @@ show no border of the field of view), `trained_on` and `validated_on` (digests o
 `history` (the rows of the results files), `selected_on` (the photographs that the best epoch was chosen on), `tta`
 (whether to take the mean over views) and `tta_scales` (of these views, see `src.segment.views`). Three keys are
 optional: `training_model` (the weights to continue from) and `averaged_steps`, if `model` is an average, and
-`threshold` (the probability above which a pixel is a vessel, at the training photographs' scale).
-`src.checkpoint_values` has a rule for each value.
+`threshold` (the probability above which a pixel is a vessel). `src.checkpoint_values` has a rule for each value.
 """
 
 import argparse
