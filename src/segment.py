@@ -164,7 +164,9 @@ def narrowed(probabilities: Tensor, widened: float) -> Tensor:
     """Probabilities of vessels whose log-odds are lower by what `widening` gives."""
     if not widened:
         return probabilities
-    return probabilities / (probabilities + (1 - probabilities) * math.exp(widened))
+    # With one tensor besides, because every copy of a large photograph counts.
+    either = (1 - probabilities).mul_(math.exp(widened)).add_(probabilities)
+    return torch.div(probabilities, either, out=either)
 
 
 def probabilities_in_parts(

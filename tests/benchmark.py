@@ -686,8 +686,9 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data_path = args.data_path or str(write_synthetic_drive(folder, training=12 + VALIDATED, test=1))
         flags = ["--data-path", data_path, "--val-split", str(VALIDATED), *args.other_flags]
-        settled, device = _settle(flags)
-        photograph = open_datasets(settled, torch.device("cpu"))[1].img_list[0]
+        with contextlib.redirect_stdout(io.StringIO()):  # what train.py says of its photographs
+            settled, device = _settle(flags)
+            photograph = open_datasets(settled, torch.device("cpu"))[1].img_list[0]
         if args.forward:
             print(f"{describe(CPU)}: medians of {args.repeats}\n\n{forward_passes(settled, photograph, args.repeats)}")
             return
