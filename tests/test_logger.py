@@ -21,7 +21,7 @@ def test_smoothed_value():
 def test_meters_are_attributes():
     metric_logger = MetricLogger()
     metric_logger.update(loss=2.0)
-    assert metric_logger.loss.global_avg == 2.0 and str(SmoothedValue(fmt=None).fmt) == metric_logger.loss.fmt
+    assert metric_logger.loss.global_avg == 2.0 and SmoothedValue(fmt=None).fmt == metric_logger.loss.fmt
     with pytest.raises(AttributeError, match="no meter 'lr'"):
         metric_logger.lr  # noqa: B018
 
