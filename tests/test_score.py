@@ -458,6 +458,16 @@ def test_the_best_of_all_epochs_is_scored(shared_drive, working_directory):
     assert report["weights"] == "best_model.pth" and report["epoch"] == best
 
 
+def test_the_best_of_a_run_that_an_earlier_version_began(shared_drive, working_directory):
+    """It kept every epoch, and no `best_model.pth`."""
+    small_run(shared_drive, "--save-best", "False")
+    Path("best_model.pth").unlink()
+    history = load_checkpoint("last_model.pth")["history"]
+    best = max(history, key=lambda row: row["dice"])
+    small_run(shared_drive, "--save-best", "False", "--resume", "auto")  # nothing is left to train
+    assert json.loads(Path("scores.json").read_text())["weights"] == f"model_{best['epoch']}.pth"
+
+
 def score_as_script(*flags):
     train_multi_GPU.main(train_multi_GPU.parse_args(flags))
 

@@ -202,10 +202,12 @@ def _best_weights(history: Sequence[Mapping[str, Any]], args: argparse.Namespace
     """The file of the best weights: of this run, or the one that it went on from; None where it is neither."""
     best_row = max(history, key=lambda row: row["dice"], default=None)
     if best_row is not None and best_row["dice"] >= best_dice:
-        best = Path(args.output_dir, BEST_MODEL)
-        if best.exists() and load_checkpoint(best).get("epoch") == best_row["epoch"]:
-            return best
-        print(f"{best}: not written by this run")
+        # Without --save-best, earlier versions wrote the second alone.
+        for name in (BEST_MODEL, f"model_{best_row['epoch']}.pth"):
+            best = Path(args.output_dir, name)
+            if best.exists() and load_checkpoint(best).get("epoch") == best_row["epoch"]:
+                return best
+        print(f"{Path(args.output_dir, BEST_MODEL)}: not written by this run")
     if args.resume and Path(args.resume).exists():
         # The tutorial's files have no history; their Dice was found when the run began.
         rows = load_checkpoint(args.resume).get("history")
