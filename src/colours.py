@@ -87,11 +87,12 @@ def match_colours(
         the photograph, uint8 [H, W, 3]; black outside the field of view.
     """
     matched = np.zeros_like(photograph)
+    light_of_channels = _local_means(photograph, field_of_view) if even_light else None
     for channel in range(3):
         grey = photograph[..., channel]
         values = grey[field_of_view] / np.float32(255)  # [pixels]
-        if even_light:
-            light = _local_mean(grey, field_of_view)[field_of_view]
+        if light_of_channels is not None:
+            light = _resize(light_of_channels[channel], grey.shape)[0, 0].numpy()[field_of_view]
             values /= np.maximum(light, 1 / 255, out=light)
             del light
         # The lower limit keeps a channel of constant value constant.
@@ -105,19 +106,23 @@ def match_colours(
     return matched
 
 
-def _local_mean(grey: np.ndarray, field_of_view: np.ndarray) -> np.ndarray:
-    """The mean around each pixel of a grey picture, uint8 [H, W], weighted by a Gaussian: float32 [H, W] in [0, 1]."""
+def _local_means(photograph: np.ndarray, field_of_view: np.ndarray) -> Tensor:
+    """The mean around each pixel, weighted by a Gaussian, of a photograph's channels: float32 [3, h, w] in [0, 1].
+
+    Args:
+        photograph: uint8 [H, W, 3]; h x w pixels are enough for the means.
+        field_of_view: the pixels that count, bool [H, W].
+    """
     sigma = LIGHT_SIGMA * field_of_view_diameter(field_of_view)  # pixels
     shrink = max(1.0, sigma / 4)
-    height, width = grey.shape
-    size = [max(1, round(height / shrink)), max(1, round(width / shrink))]
+    size = [max(1, round(side / shrink)) for side in field_of_view.shape]
     # Where a mask comes from a picture of one bit, its true pixels are not the number 1 in memory.
-    parts = np.where(field_of_view, grey, np.uint8(0)), np.where(field_of_view, np.uint8(255), np.uint8(0))
-    small = torch.cat([_resize(to_float(torch.from_numpy(part)), size) for part in parts])  # [2, 1, h, w]
+    parts = (np.where(field_of_view, levels, np.uint8(0)) for levels in (*np.moveaxis(photograph, 2, 0), np.uint8(255)))
+    small = torch.cat([_resize(to_float(torch.from_numpy(part)), size) for part in parts])  # [4, 1, h, w]
     radius = math.ceil(3 * sigma / shrink)
     gaussian = (-0.5 * (torch.arange(-radius, radius + 1) / (sigma / shrink)) ** 2).softmax(dim=0)
-    total, weight = F.conv2d(small, torch.outer(gaussian, gaussian)[None, None], padding=radius)[:, 0]
-    return _resize(total / weight.clamp_min(1e-3), [height, width])[0, 0].numpy()
+    sums = F.conv2d(small, torch.outer(gaussian, gaussian)[None, None], padding=radius)[:, 0]
+    return sums[:3] / sums[3].clamp_min(1e-3)
 
 
 def to_float(levels: Tensor) -> Tensor:

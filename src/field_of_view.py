@@ -434,6 +434,8 @@ def _sampled(picture: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndar
     left, top = x.astype(np.intp), y.astype(np.intp)
     right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
     across, down = ((value - np.floor(value))[..., None].astype(np.float32) for value in (x, y))
-    upper = picture[top, left] * (1 - across) + picture[top, right] * across
-    lower = picture[bottom, left] * (1 - across) + picture[bottom, right] * across
+    top, bottom = top * width, bottom * width
+    pixels = picture.reshape(-1, 3)  # numpy takes its rows in a third of the time
+    upper = pixels.take(top + left, axis=0) * (1 - across) + pixels.take(top + right, axis=0) * across
+    lower = pixels.take(bottom + left, axis=0) * (1 - across) + pixels.take(bottom + right, axis=0) * across
     return upper * (1 - down) + lower * down, in_frame

@@ -172,16 +172,31 @@ def sharpness(photograph: np.ndarray, retina: np.ndarray) -> float:
         for picture, resampling in ((green, Image.Resampling.BILINEAR), (inside, Image.Resampling.NEAREST))
     )
     # Away from the rim, whose step is no detail of the retina.
-    inner = _mean_around(inside, 10) == 1
-    fine, middle, coarse = (_mean_around(grey, radius) for radius in (1, 3, 10))
+    inner = _means_around(inside, 10)[0] == 1
+    fine, middle, coarse = _means_around(grey, 1, 3, 10)
     if not inner.any():
         return 1.0
     details, structures = (fine - middle)[inner].std(), (middle - coarse)[inner].std()
     return float((details + 0.1) / (structures + 0.1))
 
 
-def _mean_around(picture: np.ndarray, radius: int) -> np.ndarray:
-    """The mean of the square around each pixel of a picture [H, W]; outside of it lies more of its rim."""
-    side = 2 * radius + 1
-    sums = np.pad(np.pad(picture, radius, mode="edge"), [(1, 0), (1, 0)]).cumsum(axis=0).cumsum(axis=1)
-    return (sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]) / side**2
+def _means_around(picture: np.ndarray, *radii: int) -> list[np.ndarray]:
+    """The mean of the square around each pixel of a picture [H, W]; outside of it lies more of its rim.
+
+    Args:
+        picture: whole numbers, whose sum is less than 2 ** 31.
+        radii: of the squares; a radius r means 2 r + 1 pixels.
+    """
+    height, width = picture.shape
+    reach = max(radii)
+    padded = np.pad(np.pad(picture, reach, mode="edge"), [(1, 0), (1, 0)])
+    sums = padded.cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32)
+    means = []
+    for radius in radii:
+        first, side = reach - radius, 2 * radius + 1
+        above, below = sums[first : first + height], sums[first + side : first + side + height]
+        difference = below - above  # [H, columns]
+        means.append(
+            (difference[:, first + side : first + side + width] - difference[:, first : first + width]) / side**2
+        )
+    return means
