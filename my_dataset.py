@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 
 from src.colours import DRIVE_MEAN as DRIVE_MEAN  # also found here
 from src.colours import DRIVE_STD as DRIVE_STD
-from src.dataset_files import LabelledPhotograph, Split, root_names
+from src.dataset_files import LabelledPhotograph, Split, require_different, root_names, training_photographs
 from src.errors import DatasetError
 from src.field_of_view import DRIVE_FOV_DIAMETER as DRIVE_FOV_DIAMETER
 from src.field_of_view import field_of_view_diameter, find_field_of_view
@@ -75,8 +75,14 @@ class DriveDataset(Dataset):
         train_on_all: bool = False,
         **reading: Any,
     ) -> None:
-        training, validated = Split(val_split, fold, train_on_all).divide(root)
-        self._read(training if train else validated, transforms, resize_labels=train, **reading)
+        if train and val_split == 0 and not fold and not train_on_all:  # the test part may have no labels
+            files = [
+                item for one in ([root] if isinstance(root, str | Path) else root) for item in training_photographs(one)
+            ]
+            require_different(files)
+        else:
+            files = Split(val_split, fold, train_on_all).divide(root)[0 if train else 1]
+        self._read(files, transforms, resize_labels=train, **reading)
 
     @classmethod
     def of(
@@ -200,22 +206,18 @@ class DriveDataset(Dataset):
         inside = [label[label != OUTSIDE] for label in self.labels]
         return [np.count_nonzero(classes != BACKGROUND) / max(classes.size, 1) for classes in inside]
 
-    def require_classes(self, num_classes: int) -> None:
-        """Raise where a class occurs in no label of a data set: nothing could be learned or scored of it.
-
-        Raises:
-            DatasetError: there is such a class.
-        """
-        for data in self.by_root().values():
+    def missing_class(self, num_classes: int) -> str | None:
+        """In words, the first class that occurs in no label, or of vessels alone in none of a data set; None: none."""
+        for data in self.by_root().values() if num_classes == 1 else [self]:
             found = {int(value) for label in data.labels for value in np.unique(label)}
             missing = sorted(set(range(num_classes + 1)) - found)
             if missing:
                 names = [item.photograph.name for item in data.files]
-                raise DatasetError(
-                    f"--num-classes {num_classes}: class {missing[0]} occurs in no label of "
-                    f"{data.files[0].label.parent} ({len(names)} photographs, {names[0]} to {names[-1]}); correct the "
-                    "labels, or the number of classes"
+                return (
+                    f"class {missing[0]} occurs in no label of {data.files[0].label.parent} ({len(names)} "
+                    f"photograph{'s' if len(names) > 1 else ''}, {names[0]} to {names[-1]})"
                 )
+        return None
 
     def __getitem__(self, idx: int) -> tuple[Any, Any]:
         if self.on_device:

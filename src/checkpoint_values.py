@@ -53,7 +53,7 @@ def _fits(tests: Mapping[str, Test]) -> Test:
     return lambda value: all(name in value and test(value[name]) for name, test in tests.items())
 
 
-_trained = _fits({"epoch": _whole(0, 2**31), "train_loss": _number(-1e9, 1e9), "lr": _number(0, 1e9)})
+_trained = _fits({"epoch": _whole(0, 2**31), "train_loss": _number(-1e300, 1e300), "lr": _number(0, 1e9)})
 _validated = _fits(
     {
         "dice": _number(-0.001, 1.001),
@@ -110,6 +110,7 @@ RULES: dict[str, Rule] = {
     "results": (_or_none(lambda value: _is_text(value) and re.fullmatch(r"results[\d-]+", value)), "results<time>"),
     "trained_on": (_list_of(_is_text), "a list of digests"),
     "validated_on": (_list_of(_is_text), "a list of digests"),
+    "compared_from": (_whole(0, 2**31), "a whole number of at least 0"),
     "selected_on": (_is_text, "a text"),
     "optimizer": (_is_optimizer, f"a dict with {' and '.join(_OPTIMIZER)}"),
     "scaler": (_is_scaler, f"empty, or a dict of numbers with {', '.join(_SCALER)}"),

@@ -223,8 +223,7 @@ def logits_in_tiles(model: nn.Module, images: Tensor, amp_dtype: torch.dtype | N
     height, width = images.shape[-2:]
     tile = _tile_for_memory(model, height, width, flips=1, batch_size=1)
     if tile >= max(height, width):
-        with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            return model(images)["out"]
+        return _logits(model, images, amp_dtype)
 
     def probabilities(image: Tensor) -> Tensor:
         return _blend(
@@ -387,10 +386,14 @@ def _batches(rows: list, columns: list, turns: Sequence[Flip], batch_size: int) 
 
 def _forward(model: nn.Module, images: Tensor, amp_dtype: torch.dtype | None) -> Tensor:
     """Probabilities float64 [N, C - 1, H, W], on the CPU, of normalised images [N, 3, H, W]."""
-    height, width = images.shape[-2:]
-    device = next(model.parameters()).device
-    images = F.pad(images, [0, max(SMALLEST_INPUT - width, 0), 0, max(SMALLEST_INPUT - height, 0)])
-    with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        logits = model(images.to(device))["out"][..., :height, :width]
+    logits = _logits(model, images.to(next(model.parameters()).device), amp_dtype)
     # In float64, so that "above 0.5" is exactly the argmax: float32 rounds nearly equal logits to 0.5.
     return logits.cpu().double().softmax(dim=1)[:, 1:]
+
+
+def _logits(model: nn.Module, images: Tensor, amp_dtype: torch.dtype | None) -> Tensor:
+    """Logits [N, C, h, w] of normalised images [N, 3, h, w], which are padded where the model needs more pixels."""
+    height, width = images.shape[-2:]
+    padding = [0, max(SMALLEST_INPUT - width, 0), 0, max(SMALLEST_INPUT - height, 0)]
+    with torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        return model(F.pad(images, padding))["out"][..., :height, :width]

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .colours import prepare
+from .errors import DatasetError
 from .field_of_view import field_of_view_diameter, find_field_of_view, shows_two_discs
 from .freed_memory import give_back_freed_memory
 from .inference import for_inference
@@ -109,9 +110,9 @@ class Segmenter:
         """Segment a photograph at the model's working scale; what comes back has the photograph's own size.
 
         Args:
-            photograph: a file, a PIL image, or uint8 [H, W, 3].
-            field_of_view: where vessels count, bool [H, W]; None: where the retina is.
-            retina: what scale and colours follow from, bool [H, W]; None: the field of view if that is given, else what
+            photograph: a file, a PIL image, or uint8 [H, W, 3]; grey [H, W] and [H, W, 4] too.
+            field_of_view: where vessels count, bool [H, W] (or numbers, not 0); None: where the retina is.
+            retina: what scale and colours follow from, as that; None: the field of view if that is given, else what
                 is found in the photograph.
             threshold: probability above which a pixel is a vessel.
             scale: factor to resize the photograph by; None: see `working_scale`.
@@ -120,9 +121,13 @@ class Segmenter:
             tile, batch_size: as `src.segment.segment`; the default is tiles too where the photograph is very large.
 
         Raises:
-            DatasetError: the file cannot be read.
+            DatasetError: the file cannot be read, or an array is not as above.
         """
         image = _as_array(photograph)
+        if field_of_view is not None:
+            field_of_view = _as_mask("field_of_view", field_of_view, image)
+        if retina is not None:
+            retina = _as_mask("retina", retina, image)
         if retina is None:
             retina = find_field_of_view(image) if field_of_view is None else field_of_view
         if field_of_view is None:
@@ -229,5 +234,30 @@ def classify(probabilities: Tensor, threshold: float) -> np.ndarray:
 def _as_array(photograph: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(photograph, str | Path):
         return read_photograph(Path(photograph))
-    # An array may be the mirrored view of another, which torch does not read.
-    return np.array(to_rgb(photograph)) if isinstance(photograph, Image.Image) else np.ascontiguousarray(photograph)
+    if not isinstance(photograph, Image.Image):
+        # It may be the mirrored view of another, which torch does not read.
+        array = np.ascontiguousarray(photograph)
+        if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+            raise DatasetError(
+                f"an array of {array.dtype}, {_shape(array)}, is no photograph; give uint8 [H, W, 3] with "
+                "levels from 0 to 255"
+            )
+        if array.ndim == 3 and array.shape[2] == 3:
+            return array
+        photograph = Image.fromarray(array)
+    return np.array(to_rgb(photograph))
+
+
+def _as_mask(name: str, mask: np.ndarray, photograph: np.ndarray) -> np.ndarray:
+    """A mask of a photograph [H, W, 3] as bool [H, W]."""
+    mask = np.asarray(mask)
+    if mask.shape != photograph.shape[:2] or mask.dtype.kind not in "bui":
+        raise DatasetError(
+            f"{name}: an array of {mask.dtype}, {_shape(mask)}; give bool {_shape(photograph[..., 0])}, the size "
+            "of the photograph"
+        )
+    return mask if mask.dtype == bool else mask != 0
+
+
+def _shape(array: np.ndarray) -> str:
+    return str(list(array.shape))

@@ -10,7 +10,7 @@ from torch import nn
 
 import predict
 from src import create_model
-from train_utils import save_checkpoint
+from train_utils import export, save_checkpoint
 from train_utils.command_line import run_script
 
 SMALL = {"unet": {"base_c": 4}, "unet_paper": {"base_c": 4}, "mobilenet_v3": {}, "vgg16": {}}
@@ -121,6 +121,20 @@ def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
     assert "--export: needs what is not installed here; pip install" in fails(
         capsys, "--export", str(tmp_path / "model.onnx")
     )
+
+
+def test_no_other_file_is_replaced(capsys, tmp_path):
+    photograph = tmp_path / "photograph.jpg"
+    photograph.write_bytes(b"a photograph")
+    assert "photograph.jpg: is there, and no .onnx file" in fails(capsys, "--export", str(photograph))
+    assert "is there, and no .onnx file" in fails(capsys, "--export", str(tmp_path))
+    assert photograph.read_bytes() == b"a photograph"
+
+
+def test_a_folder_that_cannot_be_made_is_told_first(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "load_model", None)
+    (tmp_path / "file").touch()
+    assert "--export" in fails(capsys, "--export", str(tmp_path / "file" / "model.onnx"))
 
 
 def test_an_exporter_that_is_too_old(capsys, tmp_path, monkeypatch):

@@ -97,6 +97,7 @@ def test_training_folder_alone(drive):
         label.unlink()
     assert not has_labels(drive / "DRIVE" / "test")
     assert len(DriveDataset(drive, train=True, val_split=1)) == 5
+    assert names(DriveDataset(drive, train=True)) == TRAINING  # the tutorial's call, with the official download
     with pytest.raises(DatasetError, match=r"01_test\.tif: its label .*01_manual1\.gif is missing"):
         DriveDataset(drive, train=False)
 

@@ -1,5 +1,6 @@
 """A run that is stopped and resumed, however it was stopped, ends as if it had never been."""
 
+import hashlib
 import itertools
 import json
 import random
@@ -18,12 +19,14 @@ from tests.processes import start_script
 from tests.test_train_multi_GPU import assert_same_state
 from train_utils import fit, load_checkpoint, save_checkpoint, saver
 from train_utils.command_line import UsageError, run_script
+from train_utils.synthetic_drive import write_synthetic_drive
 
 LAST = Path("save_weights/last_model.pth")
 
 
 def run(data, *flags):
-    train.main(train.parse_args(["--data-path", str(data), *SMALL_RUN, *map(str, flags)]))
+    data = map(str, data if isinstance(data, tuple) else (data,))
+    train.main(train.parse_args(["--data-path", *data, *SMALL_RUN, *map(str, flags)]))
 
 
 def interrupt_in(epoch, monkeypatch):
@@ -165,6 +168,58 @@ def test_other_photographs_to_validate_on(shared_drive, working_directory):
     run(shared_drive, "--epochs", 2, "--resume", "auto")
     checkpoint = load_checkpoint(LAST)
     assert checkpoint["selected_on"] == "test" and checkpoint["best_dice"] < 0.99
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_best_epoch_is_chosen_anew_on_other_photographs(shared_drive, working_directory, capsys, epochs):
+    """From the one that the run goes on from; the scores are those of the best weights."""
+    best, scores = LAST.with_name("best_model.pth"), LAST.with_name("scores.json")
+    run(shared_drive, "--epochs", 1, "--val-split", 2)
+    stored = torch.load(LAST, weights_only=True)
+    stored["history"][0]["dice"] = 0.99
+    torch.save(stored, LAST)
+    capsys.readouterr()
+    run(shared_drive, "--epochs", epochs, "--val-split", 1, "--resume", "auto")
+    output = capsys.readouterr().out
+    assert "the photographs that are held out; the best epoch is chosen anew, from epoch 0 on\n" in output
+    assert "not written by this run" not in output and "the weights are in ./save_weights" in output
+    for _ in range(2):
+        dice = load_checkpoint(best)["best_dice"]
+        assert dice == load_checkpoint(LAST)["best_dice"] < 0.99
+        report = json.loads(scores.read_text())
+        assert report["sha256"] == hashlib.sha256(best.read_bytes()).hexdigest()
+        run(shared_drive, "--epochs", epochs + 1, "--val-split", 1, "--resume", "auto")
+    assert "chosen anew" not in capsys.readouterr().out
+
+
+def test_data_sets_in_another_order_keep_the_best(shared_drive, working_directory):
+    """As a resumed run may name them."""
+    other = write_synthetic_drive("other", training=2, test=1, width=80, height=72)
+    run((shared_drive, other), "--epochs", 1)
+    stored = torch.load(LAST, weights_only=True)
+    torch.save(stored | {"best_dice": 0.99}, LAST)
+    run((other, shared_drive), "--epochs", 2, "--resume", "auto")
+    assert load_checkpoint(LAST)["best_dice"] == 0.99
+
+
+def test_a_run_that_replaces_another_leaves_nothing_of_it_to_go_on_from(shared_drive, working_directory, capsys):
+    run(shared_drive, "--epochs", 2)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_in(0, patch)
+        run(shared_drive, "--epochs", 1, "--overwrite", "--seed", 1)
+    capsys.readouterr()
+    run(shared_drive, "--epochs", 1, "--resume", "auto", "--seed", 1)
+    assert "nothing to resume in save_weights, starting afresh" in capsys.readouterr().out
+
+
+def test_weights_to_start_from_may_be_gone_when_the_run_goes_on(shared_drive, working_directory):
+    run(shared_drive, "--epochs", 1, "--output-dir", "first", "--base-c", 4)
+    command = ["--init-weights", "first/last_model.pth", "--resume", "auto"]
+    data = ["--data-path", str(shared_drive), "-b", "4", "--crop-size", "64", "--device", "cpu"]
+    train.main(train.parse_args([*data, *command, "--epochs", "1"]))
+    Path("first/last_model.pth").unlink()
+    train.main(train.parse_args([*data, *command, "--epochs", "2"]))
+    assert load_checkpoint(LAST)["epoch"] == 1 and load_checkpoint(LAST)["model_args"]["base_c"] == 4
 
 
 def test_what_to_resume_is_of_this_run(shared_drive, working_directory, monkeypatch, capsys):

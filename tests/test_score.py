@@ -206,7 +206,7 @@ def test_dice_at_half_is_the_tutorials(shared_drive, weights, working_directory)
 
 
 def test_model_arguments_come_from_the_weights(shared_drive, weights, working_directory):
-    report = test_only(shared_drive, weights, "--base-c", "64", "--num-classes", "5", "--mean", "0", "0", "0")
+    report = test_only(shared_drive, weights, "--base-c", "64", "--num-classes", "5")
     assert report == test_only(shared_drive, weights)
 
 
@@ -333,6 +333,36 @@ def test_threshold_auto(val_split, drive, weights, working_directory, capsys):
     assert again["threshold"] == report["threshold"] and again["field_of_view"] != report["field_of_view"]
 
 
+def test_how_photographs_are_normalised_and_resized_may_be_given(shared_drive, weights, working_directory, capsys):
+    stored = load_checkpoint(weights)
+    save_checkpoint({"model": stored["model"]}, "bare.pth")
+    test_only(shared_drive, "bare.pth")
+    assert "bare.pth does not tell how photographs were normalised" in capsys.readouterr().out
+    given = ["--mean", *map(str, MEAN), "--std", *map(str, STD), "--fov-diameter", "69"]
+    report = test_only(shared_drive, "bare.pth", *given)
+    assert "does not tell" not in capsys.readouterr().out
+    assert report["each_photograph"] == test_only(shared_drive, weights)["each_photograph"]
+    assert (
+        report["each_photograph"] != test_only(shared_drive, weights, "--mean", "0.5", "0.5", "0.5")["each_photograph"]
+    )
+    assert report["each_photograph"] != test_only(shared_drive, weights, "--fov-diameter", "50")["each_photograph"]
+    assert load_checkpoint(weights)["mean"] == list(MEAN)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--train-on-all"], "--train-on-all: does nothing with --test-only"),
+        (["--fold", "1/2", "--val-split", "1"], "--val-split 1: does nothing with --test-only"),
+        (["--masks", "masks", "--threshold", "0.4"], "--threshold 0.4: masks have none"),
+    ],
+)
+def test_flags_that_contradict_test_only(shared_drive, working_directory, weights, flags, message):
+    resume = [] if "--masks" in flags else ["--resume", str(weights)]
+    with pytest.raises(UsageError, match=message):
+        score(train, shared_drive, None, "--test-only", *resume, *flags)
+
+
 def test_the_threshold_is_chosen_without_the_test_folder(drive, monkeypatch):
     folder = drive / "DRIVE" / "test"
     transform = get_transform(False, MEAN, STD)
@@ -422,7 +452,7 @@ def test_honest_selection(drive, working_directory, capsys):
     assert f"selected on: {expected}\n" in capsys.readouterr().out
     report = json.loads(Path("scores.json").read_text())
     assert report["selected_on"] == load_checkpoint("best_model.pth")["selected_on"] == expected
-    assert report["threshold"]["source"] == f"auto: best Dice on {expected} photographs"
+    assert report["threshold"]["source"] == f"auto: best Dice on {expected} photographs"  # which are not scored
     assert load_checkpoint("best_model.pth")["threshold"] == report["threshold"]["value"]
     assert report["photographs"] == TEST_NAMES
 
@@ -446,8 +476,8 @@ def test_training_without_test_labels(drive, working_directory, capsys):
 
     small_run(drive, "--threshold", "auto")
     value = load_checkpoint("best_model.pth")["threshold"]
-    line = f"threshold: {value:.4g} (auto: best Dice on held-out training (26) photographs)"
-    assert line in capsys.readouterr().out
+    line = f"threshold: {value:.4g} (auto: best Dice on held-out training (26) photographs, the ones that are scored: "
+    assert f"{line}these scores are a little too high)" in capsys.readouterr().out
 
 
 def test_the_best_of_all_epochs_is_scored(shared_drive, working_directory):

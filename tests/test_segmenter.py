@@ -16,6 +16,7 @@ import predict
 import train
 from my_dataset import DriveDataset
 from src import Segmenter, load_pretrained
+from src.errors import DatasetError
 from src.segment import narrowed
 from src.segmenter import PRETRAINED
 from src.weights import CheckpointError, load_checkpoint
@@ -69,6 +70,37 @@ def test_the_field_of_view_can_be_given(weights, photograph):
     assert not half.vessels[:, 45:].any()
     np.testing.assert_array_equal(half.vessels[:, :45], found.vessels[:, :45])
     assert torch.equal(half.probabilities, found.probabilities)
+
+
+@pytest.mark.parametrize("mask", [np.uint8(255), np.int64(1), np.float32(1)])
+def test_masks_of_numbers(weights, photograph, mask):
+    segmenter = load_pretrained(weights)
+    inside = np.zeros((80, 90), bool)
+    inside[10:60, 20:70] = True
+    if isinstance(mask, np.float32):
+        with pytest.raises(DatasetError, match=r"field_of_view: an array of float32, \[80, 90\]; give bool \[80, 90\]"):
+            segmenter(photograph, inside * mask)
+        return
+    expected, found = segmenter(photograph, inside), segmenter(photograph, inside * mask)
+    assert expected.vessels.any() and np.array_equal(found.labels, expected.labels)
+    assert np.array_equal(found.probability, expected.probability)
+    assert np.array_equal(
+        segmenter(photograph, inside, inside * mask).labels, segmenter(photograph, inside, inside).labels
+    )
+    with pytest.raises(DatasetError, match=r"retina: an array of bool, \[80, 9\]"):
+        segmenter(photograph, inside, inside[:, :9])
+
+
+def test_arrays_that_are_no_rgb_photographs(weights, photograph):
+    segmenter = load_pretrained(weights)
+    image = np.array(Image.open(photograph))
+    grey = np.array(Image.open(photograph).convert("L"))
+    assert np.array_equal(segmenter(grey).photograph, np.repeat(grey[..., None], 3, axis=2))
+    opaque = np.dstack([image, np.full_like(grey, 255)])
+    assert np.array_equal(segmenter(opaque).labels, segmenter(image).labels)
+    for other in (image / 255, image.astype(np.uint16), image[..., :2], image[None], grey > 9):
+        with pytest.raises(DatasetError, match=r"is no photograph; give uint8 \[H, W, 3\]"):
+            segmenter(other)
 
 
 def test_flips_are_those_of_the_weights(weights, photograph):

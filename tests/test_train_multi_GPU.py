@@ -279,10 +279,16 @@ def test_one_gpu_for_all_processes(joined, monkeypatch):
 
 
 def test_the_named_gpu_is_the_current_one(gpus, monkeypatch):
-    monkeypatch.setattr(torch, "empty", lambda *sizes, device: None)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: zeros(*sizes))
     for name, index, expected in (("cuda:1", 0, 1), ("cuda", 2, 2)):
         device = select_device(name, index)
         assert device == gpus.current[-1] == torch.device("cuda", expected)
+
+
+def test_a_device_that_computes_nothing():
+    with pytest.raises(UsageError, match="--device meta: no such device here"):
+        select_device("meta")
 
 
 def test_processes_that_cannot_meet(monkeypatch, joined):

@@ -145,9 +145,9 @@ def select_device(name: str, index: int = 0) -> torch.device:
                 return torch.device("cpu")
             device = torch.device("cuda", index if device.index is None else device.index)
             torch.cuda.set_device(device)  # pinned memory, and `max mem`, are those of the current GPU
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, UnicodeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise UsageError(f"--device {name}: no such device here ({reason}); use cuda, cuda:0 or cpu") from error
     return device
 

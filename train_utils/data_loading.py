@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from my_dataset import DriveDataset
 from src.colours import Normalization, prepare
 from src.dataset_files import describe, root_names
+from src.errors import DatasetError
 from src.field_of_view import field_of_view_diameter
 from src.segment import match_scale
 from transforms import get_transform
@@ -66,7 +67,7 @@ def open_datasets(args: argparse.Namespace, device: torch.device) -> tuple[Drive
             scale_of=None if train else seen_by_the_model,
             **reading(normalization, args.fov_diameter, args.num_classes),
         )
-        data.require_classes(args.num_classes)
+        require_classes(data, args.num_classes, to_learn=train)
         datasets.append(_on_device(data, device) if args.device_data else data)
     if is_main_process():
         trained, validated = datasets
@@ -79,6 +80,21 @@ def open_datasets(args: argparse.Namespace, device: torch.device) -> tuple[Drive
             f"{', ...' if len(without) > 1 else ''}): their fields of view are found in the photographs"
         )
     return datasets[0], datasets[1]
+
+
+def require_classes(data: DriveDataset, num_classes: int, *, to_learn: bool) -> None:
+    """Raise where a class occurs in no label, so that it cannot be learned; where it cannot be validated, say so.
+
+    Without any vessels, or with nothing else, there is nothing to validate either.
+
+    Raises:
+        DatasetError: there is such a class.
+    """
+    missing = data.missing_class(num_classes)
+    if missing and (to_learn or num_classes == 1):
+        raise DatasetError(f"--num-classes {num_classes}: {missing}; correct the labels, or the number of classes")
+    if missing and is_main_process():
+        print(f"warning: {missing}, so it is not validated (--val-split or --fold hold out other photographs)")
 
 
 def _on_device(data: DriveDataset, device: torch.device) -> DriveDataset:

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from src.errors import UserError
 from src.weights import Checkpoint, load_model
 
-from .files import replace_whole, require_no_input
+from .files import make_output_folder, replace_whole, require_no_input
 
 NEEDED = ("onnx", "onnxscript")
 
@@ -45,15 +46,19 @@ def export_onnx(
 
     Args:
         weights: the file of weights.
-        path: the file to write; never that of the weights.
+        path: the file to write; an earlier one is replaced if its name ends in ".onnx".
         settle: may change the checkpoint's `mean`, `std` and `normalization`.
 
     Raises:
-        ExportError: a package is missing or too old.
+        ExportError: a package is missing or too old, or the name is that of another file.
         CheckpointError: the weights cannot be used.
         train_utils.files.OutputError: the file cannot be written, or is that of the weights.
     """
+    path = Path(path)
     require_no_input([path], [weights], "--export")
+    if path.is_dir() or (path.suffix.lower() != ".onnx" and os.path.lexists(path)):
+        raise ExportError(f"--export {path}: is there, and no .onnx file; choose another name, such as model.onnx")
+    make_output_folder(path.parent, "--export")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"--export: needs what is not installed here; pip install {' '.join(missing)}")

@@ -65,6 +65,8 @@ def fit(
         record()
     saver = Saver()
     on_main_process(state.results.write, state.results.rows)
+    if state.other_photographs and val_loaders:  # the best epoch so far is the one that the run goes on from
+        on_main_process(saver.save, state, True)
     tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch) if args.tensorboard else None
 
     try:

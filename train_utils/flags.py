@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from my_dataset import DRIVE_MEAN, DRIVE_STD
@@ -9,6 +10,7 @@ from src import ARCHITECTURES
 from src.weights import CheckpointError, load_checkpoint
 from transforms import AUGMENTATIONS
 
+from .checkpoint import LAST_MODEL
 from .command_line import Flags, Parser, add_switch, at_least, fold_of_folds, fraction, probability_or_auto
 from .mixed_precision import add_amp_flags
 from .normalization import add_normalization_flags
@@ -118,7 +120,7 @@ def add_training_flags(parser: Parser) -> None:
     group.add_argument(
         "--optimizer", choices=["sgd", "adamw", "muon"], help="optimizer; muon: Muon for filters, AdamW for all else"
     )
-    group.add_argument("--lr", type=at_least(0, float), help="peak learning rate")
+    group.add_argument("--lr", type=at_least(0, float, below=1e9), help="peak learning rate")
     group.add_argument("--momentum", default=0.9, type=at_least(0, float), help="momentum of --optimizer sgd")
     group.add_argument("--wd", "--weight-decay", type=at_least(0, float), dest="weight_decay", help="weight decay")
     group.add_argument(
@@ -159,7 +161,7 @@ def add_training_flags(parser: Parser) -> None:
         default=0.5,
         type=probability_or_auto,
         help="vessel probability above which a pixel is a vessel in the scores; auto: the one of the best Dice on the "
-        "held-out photographs (without --val-split: on the training ones), stored with the weights",
+        "held-out photographs (where none are held out: on the training ones), stored with the weights",
     )
     add_switch(
         group,
@@ -247,7 +249,7 @@ def parse_with_recipe(
 ) -> argparse.Namespace:
     """Read the flags. --arch, then --demo (to `demo`), --recipe and --init-weights change the defaults of others."""
     asked = parser.parse_args(argv)
-    of_weights = _defaults_of_weights(asked.init_weights, parser) if asked.init_weights else {}
+    of_weights = _defaults_of_weights(_weights_of_defaults(asked), parser) if asked.init_weights else {}
     defaults = {
         name: value for name, value in ARCHITECTURES[of_weights.get("arch", asked.arch)][1].items() if name == "base_c"
     }
@@ -255,8 +257,17 @@ def parse_with_recipe(
         defaults |= demo
     if asked.recipe != "tutorial":
         defaults |= RECIPES[asked.recipe]
-    parser.set_defaults(**defaults | of_weights)
+    defaults |= of_weights
+    if asked.test_only:  # what is not given follows from the weights
+        defaults |= dict.fromkeys(("mean", "std", "normalization"))
+    parser.set_defaults(**defaults)
     return parser.parse_args(argv)
+
+
+def _weights_of_defaults(asked: argparse.Namespace) -> str:
+    """The file that a run with --init-weights takes its defaults from: where it goes on, that of its own state."""
+    last = Path(asked.output_dir, LAST_MODEL)
+    return str(last) if asked.resume == "auto" and last.is_file() else asked.init_weights
 
 
 def _defaults_of_weights(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:

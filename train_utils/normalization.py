@@ -6,6 +6,7 @@ from src.colours import NORMALIZATIONS
 from src.weights import Checkpoint
 
 from .command_line import Flags, at_least
+from .distributed_utils import is_main_process
 
 
 def add_normalization_flags(flags: Flags, mean: list[float] | None, std: list[float] | None, origin: str) -> None:
@@ -31,7 +32,7 @@ def settle_normalization(args: argparse.Namespace, checkpoint: Checkpoint) -> No
     """Let --mean, --std and --normalization override a checkpoint's; say where its file does not tell them."""
     given = {name: getattr(args, name) for name in ("mean", "std", "normalization") if getattr(args, name) is not None}
     checkpoint.update(given)
-    if checkpoint["normalization_assumed"] and not {"mean", "std"} <= given.keys():
+    if checkpoint["normalization_assumed"] and not {"mean", "std"} <= given.keys() and is_main_process():
         print(
             f"{checkpoint['path']} does not tell how photographs were normalised in training: DRIVE's mean and "
             "standard deviation are assumed (--mean, --std and --normalization give others)"

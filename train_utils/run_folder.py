@@ -137,9 +137,12 @@ def _record_run(
     }
     with replace_whole(path) as file:
         file.write((json.dumps(record, indent=2) + "\n").encode())
-    if first_epoch is None and args.overwrite:  # --train-on-all would leave those of the replaced run
-        for name in SCORES:
-            remove(path.with_name(name))
+    if first_epoch is None and args.overwrite:
+        # --train-on-all would leave the scores of the replaced run, and --resume auto, after a kill in the first epoch,
+        # would go on with its weights.
+        epochs = [] if args.save_best else path.parent.glob("model_*.pth")
+        for replaced in (*(path.with_name(name) for name in (*SCORES, BEST_MODEL, LAST_MODEL)), *epochs):
+            remove(replaced)
 
 
 def _digest(*parts: Sequence[LabelledPhotograph]) -> str:

@@ -98,7 +98,7 @@ def train_one_epoch(
     model: nn.Module,
     optimizer: Optimizer,
     data_loader: DataLoader,
-    device: torch.device,
+    device: torch.device | str,
     epoch: int,
     num_classes: int,
     lr_scheduler: LambdaLR,
@@ -124,6 +124,7 @@ def train_one_epoch(
         NonFiniteLossError: a loss was NaN or infinite. All processes raise it together, at the next progress line (on a
             GPU: at the next of the checks every STEPS_UNCHECKED steps, or at the end).
     """
+    device = torch.device(device)
     model.train()
     metric_logger = MetricLogger(delimiter="  ", one_line=one_line)
     metric_logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))

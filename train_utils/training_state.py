@@ -86,6 +86,8 @@ class TrainingState:
         self.scaler = _make_scaler(args, device)
         self.epoch = args.start_epoch
         self.best_dice: float | None = -1.0  # the first epoch is always an improvement
+        self.compared_from = 0  # the first epoch whose Dice is on these photographs to validate on
+        self.other_photographs = False  # whether a checkpoint's Dice is on others
         self.results = ResultsFiles()
         self.saved_in: str | None = None  # the file that holds the state before the epoch to come
         self._start_schedule()
@@ -140,6 +142,7 @@ class TrainingState:
             "selected_on": self.selected_on,
             "trained_on": self.trained_on,
             "validated_on": self.validated_on,
+            "compared_from": self.compared_from,
             "results": self.results.stem,
             "history": self.results.rows,
         }
@@ -199,12 +202,13 @@ class TrainingState:
     def _take_over_photographs(self, checkpoint: Checkpoint) -> None:
         self._count_as_trained_on(checkpoint)
         # A Dice on other photographs cannot be compared with those of the next epochs.
-        same = (
-            checkpoint["validated_on"] == self.validated_on
+        self.other_photographs = (
+            sorted(checkpoint["validated_on"]) != sorted(self.validated_on)
             if "validated_on" in checkpoint
-            else checkpoint.get("selected_on", self.selected_on) == self.selected_on
+            else checkpoint.get("selected_on", self.selected_on) != self.selected_on
         )
-        self.best_dice = checkpoint.get("best_dice") if same else None
+        self.compared_from = self.epoch if self.other_photographs else checkpoint.get("compared_from", 0)
+        self.best_dice = None if self.other_photographs else checkpoint.get("best_dice")
 
     def _restore_optimizer(self, checkpoint: Checkpoint) -> None:
         # The settings follow from the flags. `fused` must be right before loading: it decides on which device AdamW
@@ -238,6 +242,11 @@ class TrainingState:
             for name, value in vars(self.args).items()
             if name not in UNREPORTED and name in before and before[name] != value
         ]
+        if self.other_photographs and is_main_process():
+            print(
+                "changed since the checkpoint: the photographs that are held out; the best epoch is chosen anew, from "
+                f"epoch {self.epoch - 1} on"
+            )
         if changed and is_main_process():
             print(
                 f"changed since the checkpoint: {', '.join(changed)}; the schedule is made anew from epoch {self.epoch}"

@@ -26,10 +26,11 @@ from transforms import get_transform
 
 from ..checkpoint import BEST_MODEL, LAST_MODEL, add_to_checkpoint
 from ..command_line import UsageError
-from ..data_loading import reading
+from ..data_loading import reading, require_classes
 from ..distributed_utils import is_main_process, on_main_process
 from ..files import sha256_of
 from ..memory import explain_out_of_memory
+from ..normalization import settle_normalization
 from ..settings import fold, require_two_classes_for_threshold, require_use_of_scales, roots
 from .curves import curves
 from .drawing import write_png
@@ -48,6 +49,12 @@ def score(device: torch.device, args: argparse.Namespace) -> None:
         raise UsageError(
             f"--masks {args.masks}: scores masks in place of the weights of --resume; leave out one of them"
         )
+    if args.masks and args.threshold != 0.5:
+        raise UsageError(f"--threshold {args.threshold}: masks have none; leave it out")
+    if args.train_on_all:
+        raise UsageError("--train-on-all: does nothing with --test-only; leave it out")
+    if args.fold and args.val_split:
+        raise UsageError(f"--val-split {args.val_split}: does nothing with --test-only; leave it out")
     if args.masks:
         score_masks(args.masks, args)
     elif args.resume:
@@ -84,15 +91,16 @@ def score_weights(path: str | Path, device: torch.device, args: argparse.Namespa
     checkpoint = on_main_process(_load_without_training_state, path)
     if (channels := checkpoint["model_args"].get("in_channels", 3)) != 3:
         raise CheckpointError(f"{path}: a model of {channels} input channels; photographs have 3: give other weights")
+    if args.test_only:
+        settle_normalization(args, checkpoint)
+        checkpoint["fov_diameter"] = args.fov_diameter or checkpoint["fov_diameter"]
     files = _files_to_score(args, checkpoint)
     how = _how_to_measure(checkpoint, args)
     smaller = "use --device cpu" if device.type != "cpu" else "name fewer or smaller photographs by --data-path"
     with explain_out_of_memory(smaller):
         model = build_model(checkpoint, device)
-        threshold = _settle_threshold(model, checkpoint, device, args, how)
+        threshold = _settle_threshold(model, checkpoint, device, args, how, files)
         photographs = _open(files, model, checkpoint, how)
-        if model.model_args["num_classes"] > 2:  # of two classes, the scores say themselves what is undefined
-            photographs.require_classes(model.model_args["num_classes"] - 1)
         _report_faults(photographs)
         measurement = measure(model, photographs, device, threshold.value, **how)
     # After a threshold was stored in it.
@@ -138,7 +146,8 @@ def check_what_is_scored(
         digests += digests_before
     files = _files_to_score(args, {"trained_on": digests})
     photographs = DriveDataset.of(files, num_classes=args.num_classes)
-    photographs.require_classes(args.num_classes)
+    if args.num_classes == 1:  # of more classes, the scores say themselves what is undefined
+        require_classes(photographs, args.num_classes, to_learn=False)
     _report_faults(photographs)
 
 
@@ -192,14 +201,28 @@ def _report_faults(photographs: DriveDataset) -> None:
 def _draw_curves_and_find_best(args: argparse.Namespace, best_dice: float) -> Path | None:
     last = Path(args.output_dir, LAST_MODEL)
     checkpoint = load_checkpoint(last) if last.exists() else {}
-    history = [row for row in checkpoint.get("history", []) if "dice" in row]
+    first = checkpoint.get("compared_from", 0)
+    history = [row for row in checkpoint.get("history", []) if "dice" in row and row["epoch"] >= first]
     if history:
         write_png(curves(history, checkpoint.get("selected_on", "validation")), Path(args.output_dir, "curves.png"))
-    return _best_weights(history, args, best_dice)
+    return _best_weights(checkpoint, history, args, best_dice)
 
 
-def _best_weights(history: Sequence[Mapping[str, Any]], args: argparse.Namespace, best_dice: float) -> Path | None:
-    """The file of the best weights: of this run, or the one that it went on from; None where it is neither."""
+def _best_weights(
+    last: Mapping[str, Any], history: Sequence[Mapping[str, Any]], args: argparse.Namespace, best_dice: float
+) -> Path | None:
+    """The file of the best weights: of this run, or the one that it went on from; None where it is neither.
+
+    Args:
+        last: the checkpoint of the last epoch, if any.
+        history: its rows with a Dice on the photographs that are held out now.
+    """
+    if "validated_on" in last and (best := Path(args.output_dir, BEST_MODEL)).exists():
+        found = load_checkpoint(best)
+        if found.get("best_dice") == best_dice and sorted(found.get("validated_on", ())) == sorted(
+            last["validated_on"]
+        ):
+            return best
     best_row = max(history, key=lambda row: row["dice"], default=None)
     if best_row is not None and best_row["dice"] >= best_dice:
         # Without --save-best, earlier versions wrote the second alone.
@@ -275,10 +298,12 @@ def _settle_threshold(
     device: torch.device,
     args: argparse.Namespace,
     how: Mapping[str, Any],
+    scored: Sequence[LabelledPhotograph],
 ) -> Threshold:
     """The threshold that the flag gives; or with "auto" the best one, which is then stored in the file of weights.
 
     It is chosen on the photographs that the weights' own run held out; where it held out none, on those it trained on.
+    Where those held out are `scored` too, as without labels of test photographs, its origin says so.
     """
     if args.threshold != "auto":
         return Threshold(args.threshold, "--threshold")
@@ -288,7 +313,11 @@ def _settle_threshold(
     # The threshold holds with these views alone.
     of_views = {"tta_scales": list(how["scales"])} if how["tta"] else {}
     on_main_process(add_to_checkpoint, checkpoint["path"], threshold=value, tta=how["tta"], **of_views)
-    return Threshold(value, f"auto: best Dice on {describe(files) if held_out else 'training'} photographs")
+    origin = f"auto: best Dice on {describe(files) if held_out else 'training'} photographs"
+    same = {item.digest for item in files} & {item.digest for item in scored}
+    return Threshold(
+        value, f"{origin}, the ones that are scored: these scores are a little too high" if same else origin
+    )
 
 
 def _files_for_threshold(checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[list[LabelledPhotograph], bool]:
