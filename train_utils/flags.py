@@ -1,6 +1,7 @@
 """The flags of the training scripts, and the defaults that --recipe, --arch and --demo change."""
 
 import argparse
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -249,7 +250,7 @@ def parse_with_recipe(
 ) -> argparse.Namespace:
     """Read the flags. --arch, then --demo (to `demo`), --recipe and --init-weights change the defaults of others."""
     asked = parser.parse_args(argv)
-    of_weights = _defaults_of_weights(_weights_of_defaults(asked), parser) if asked.init_weights else {}
+    of_weights = _defaults_of_weights(asked, parser) if asked.init_weights else {}
     defaults = {
         name: value for name, value in ARCHITECTURES[of_weights.get("arch", asked.arch)][1].items() if name == "base_c"
     }
@@ -264,16 +265,17 @@ def parse_with_recipe(
     return parser.parse_args(argv)
 
 
-def _weights_of_defaults(asked: argparse.Namespace) -> str:
-    """The file that a run with --init-weights takes its defaults from: where it goes on, that of its own state."""
-    last = Path(asked.output_dir, LAST_MODEL)
-    return str(last) if asked.resume == "auto" and last.is_file() else asked.init_weights
+def _defaults_of_weights(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The flags that a model is to be fine-tuned with: those of its own training that the weights depend on.
 
-
-def _defaults_of_weights(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The flags that a model is to be fine-tuned with: those of its own training that the weights depend on."""
+    Where --resume auto goes on, they are in the run's own state; the weights that it began with may be gone.
+    """
+    checkpoint = None
+    if asked.resume == "auto":
+        with contextlib.suppress(CheckpointError):
+            checkpoint = load_checkpoint(Path(asked.output_dir, LAST_MODEL))
     try:
-        checkpoint = load_checkpoint(path)
+        checkpoint = checkpoint or load_checkpoint(asked.init_weights)
     except CheckpointError as error:
         parser.error(f"argument --init-weights: {error}")
     model_args = checkpoint["model_args"]
