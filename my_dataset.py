@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 
 from src.colours import DRIVE_MEAN as DRIVE_MEAN  # also found here
 from src.colours import DRIVE_STD as DRIVE_STD
-from src.dataset_files import LabelledPhotograph, Split, require_different, root_names, training_photographs
+from src.dataset_files import LabelledPhotograph, Split, root_names
 from src.errors import DatasetError
 from src.field_of_view import DRIVE_FOV_DIAMETER as DRIVE_FOV_DIAMETER
 from src.field_of_view import field_of_view_diameter, find_field_of_view
@@ -75,14 +75,8 @@ class DriveDataset(Dataset):
         train_on_all: bool = False,
         **reading: Any,
     ) -> None:
-        if train and val_split == 0 and not fold and not train_on_all:  # the test part may have no labels
-            files = [
-                item for one in ([root] if isinstance(root, str | Path) else root) for item in training_photographs(one)
-            ]
-            require_different(files)
-        else:
-            files = Split(val_split, fold, train_on_all).divide(root)[0 if train else 1]
-        self._read(files, transforms, resize_labels=train, **reading)
+        training, validated = Split(val_split, fold, train_on_all).divide(root, test_needed=not train)
+        self._read(training if train else validated, transforms, resize_labels=train, **reading)
 
     @classmethod
     def of(

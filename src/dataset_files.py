@@ -251,21 +251,27 @@ class Split:
     train_on_all: bool = False
 
     def divide(
-        self, roots: str | Path | Sequence[str | Path]
+        self, roots: str | Path | Sequence[str | Path], test_needed: bool = True
     ) -> tuple[list[LabelledPhotograph], list[LabelledPhotograph]]:
         """The photographs of one or more data sets to train on, and those to validate on.
+
+        Args:
+            roots: the folder of each data set.
+            test_needed: whether a test part to validate on must have labels; without, it then gives no photographs.
 
         Raises:
             DatasetError: there are none, or files are missing, or the split leaves nothing.
         """
         training, validated = [], []
         for root in [roots] if isinstance(roots, str | Path) else roots:
-            for photographs, more in zip((training, validated), self._divide_one(root), strict=True):
+            for photographs, more in zip((training, validated), self._divide_one(root, test_needed), strict=True):
                 photographs += more
         require_different(training, validated)
         return training, validated
 
-    def _divide_one(self, root: str | Path) -> tuple[list[LabelledPhotograph], list[LabelledPhotograph]]:
+    def _divide_one(
+        self, root: str | Path, test_needed: bool
+    ) -> tuple[list[LabelledPhotograph], list[LabelledPhotograph]]:
         photographs = training_photographs(root)
         if self.train_on_all:
             test = find_parts(root).get("test")
@@ -276,7 +282,8 @@ class Split:
         held_out = self.held_out(root)
         if held_out:
             return photographs[:-held_out], photographs[-held_out:]
-        return photographs, pair("test", photographs[0].root / "test")
+        test = photographs[0].root / "test"
+        return photographs, pair("test", test) if test_needed or has_labels(test) else []
 
     def held_out(self, root: str | Path) -> int:
         """How many of the last training photographs of a data set are validated on; 0: the test photographs are.

@@ -1,5 +1,6 @@
 import io
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -100,6 +101,15 @@ def test_training_folder_alone(drive):
     assert names(DriveDataset(drive, train=True)) == TRAINING  # the tutorial's call, with the official download
     with pytest.raises(DatasetError, match=r"01_test\.tif: its label .*01_manual1\.gif is missing"):
         DriveDataset(drive, train=False)
+    shutil.rmtree(drive / "DRIVE" / "test")
+    assert names(DriveDataset(drive, train=True)) == TRAINING
+
+
+def test_the_plain_layout_never_trains_on_what_it_holds_out(shared_drive, tmp_path):
+    for folder, name in (("images", "images"), ("1st_manual", "labels")):
+        shutil.copytree(shared_drive / "DRIVE" / "training" / folder, tmp_path / name)
+    training, held_out = (DriveDataset(tmp_path, train) for train in (True, False))
+    assert names(training) == TRAINING[:5] and names(held_out) == TRAINING[5:]
 
 
 def test_photographs_are_decoded_once(shared_drive, monkeypatch):
