@@ -39,8 +39,8 @@ pixels of the photograph, and best had 16 channels:
 Average precision by fold: 0.8970 and 0.9114; 0.8976 and 0.9144; 0.8995 and 0.9162; 0.8996 and 0.9162. Over four flips
 32 channels have a Dice of 0.8217 at 38d1c62.
 
-By seeds 0 and 1, beside the recipe of AdamW, an earlier version of which had 0.827 on the official test (commit 907ab24:
-16 channels, 4000 steps, all crops resampled, four flips). In brackets the paired difference of the means of both seeds:
+By seeds 0 and 1, beside the recipe of AdamW (commit 907ab24: 16 channels, 4000 steps, all crops resampled, four flips),
+an earlier version of which had 0.827 on the official test. In brackets: paired differences of the means of both:
 
                    907ab24           now
     Dice           0.8136, 0.8141    0.8207, 0.8215  (+0.0073, 0.0022, 15)
@@ -48,7 +48,8 @@ By seeds 0 and 1, beside the recipe of AdamW, an earlier version of which had 0.
     sensitivity    0.7903, 0.7905    0.8199, 0.8217  (+0.0304, 0.0037, 20)
     precision      0.8442, 0.8450    0.8269, 0.8270  (-0.0177, 0.0045,  1)
 
-Average precision by fold, of both seeds: 0.8947 and 0.9095, 0.8950 and 0.9107; now 0.8996 and 0.9162, 0.9001 and 0.9168.
+Average precision by fold, of both seeds: 0.8947 and 0.9095, 0.8950 and 0.9107; now 0.8996 and 0.9162, 0.9001 and
+0.9168.
 
 On the machine below, over two flips a photograph of DRIVE takes 1.1 s, or 0.6 s with --amp, and over four twice that
 (`predict.py --image FOLDER/DRIVE/test/images`, half of `seconds` in predictions.csv, as two are worked on at once).
