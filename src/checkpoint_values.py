@@ -53,7 +53,7 @@ def _fits(tests: Mapping[str, Test]) -> Test:
     return lambda value: all(name in value and test(value[name]) for name, test in tests.items())
 
 
-_trained = _fits({"epoch": _whole(0, 2**31), "train_loss": _number(-1e300, 1e300), "lr": _number(0, 1e9)})
+_trained = _fits({"epoch": _whole(0, 2**31), "train_loss": _number(-1e300, 1e300), "lr": _number(0, 1e300)})
 _validated = _fits(
     {
         "dice": _number(-0.001, 1.001),

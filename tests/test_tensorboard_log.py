@@ -1,5 +1,6 @@
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -12,13 +13,17 @@ ROW = {"epoch": 3, "dice": 0.5, "iou": [0.9, 0.4], "lr": 0.01}
 
 
 def test_missing_package(shared_drive, working_directory, monkeypatch, capsys):
+    flags = ["--data-path", str(shared_drive), *SMALL_RUN, "--epochs", "1", "--output-dir", "out"]
+    train.main(train.parse_args(flags))
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it now fails
-    flags = ["--data-path", str(shared_drive), *SMALL_RUN, "--epochs", "1", "--tensorboard"]
+    flags += ["--tensorboard", "--overwrite"]
     with pytest.raises(SystemExit) as stopped:
         run_script(train.main, train.parse_args(flags))
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("--tensorboard: the package tensorboard is missing; run: pip install tensorboard")
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
 def test_every_epoch_is_written(shared_drive, working_directory, monkeypatch):

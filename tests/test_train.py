@@ -183,6 +183,12 @@ def test_a_nan_loss_saves_nothing(shared_drive, working_directory, monkeypatch, 
     assert {path: path.read_bytes() for path in Path("save_weights").glob("*.pth")} == before
 
 
+def test_what_a_run_wrote_can_be_read_however_wild_its_flags(shared_drive, working_directory):
+    """The first step has a finite loss at any learning rate."""
+    run(shared_drive, "--epochs", "1", "--steps-per-epoch", "1", "--lr", "1e30", "--train-on-all")
+    assert load_checkpoint("save_weights/last_model.pth")["history"][0]["lr"] > 1e20
+
+
 def test_out_of_memory_says_which_flags_to_lower(shared_drive, working_directory, monkeypatch, capsys):
     run(shared_drive, "--epochs", "1")
 

@@ -163,7 +163,7 @@ def test_loss_is_taken_in_float32_under_autocast(monkeypatch):
 
 
 def test_evaluate_is_the_mean_over_photographs(capsys):
-    loader = batches(3)
+    loader = batches(3, size=(17, 16))  # smaller ones are padded
     model = Constant()
     confusion_matrix, dice = evaluate(model, loader, CPU, 2)
     expected, counts = [], [[0, 0], [0, 0]]
@@ -177,6 +177,11 @@ def test_evaluate_is_the_mean_over_photographs(capsys):
     assert dice == pytest.approx(sum(expected) / 3, abs=1e-6)
     assert confusion_matrix.mat.tolist() == counts
     assert not model.training
+
+
+def test_photographs_smaller_than_the_network_needs_are_evaluated():
+    confusion_matrix, dice = evaluate(create_model(base_c=4), batches(2, size=(4, 40)), CPU, 2)
+    assert confusion_matrix.mat.sum() == 2 * 3 * 40 and 0 <= dice <= 1
 
 
 def test_large_photographs_are_evaluated_in_tiles(monkeypatch):

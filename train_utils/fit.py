@@ -61,13 +61,13 @@ def fit(
         model = torch.compile(model)  # checkpoints and evaluation are of state.model
     on_main_process(make_output_folder, ".", "the working directory (for the results files)")
     _resume_or_pretrain(state, val_loaders, checkpoint)
+    tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch) if args.tensorboard else None
     if record is not None:
         record()
     saver = Saver()
     on_main_process(state.results.write, state.results.rows)
     if state.other_photographs and val_loaders:  # the best epoch so far is the one that the run goes on from
         on_main_process(saver.save, state, True)
-    tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch) if args.tensorboard else None
 
     try:
         while state.epoch < args.epochs:

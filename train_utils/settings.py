@@ -1,7 +1,6 @@
 """The flags that were left open, settled once; and what the settled flags mean."""
 
 import argparse
-import importlib.util
 
 import torch
 
@@ -51,8 +50,6 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
             f"--crop-size {args.crop_size}: one pixel is left of it in --arch mobilenet_v3, of which BatchNorm cannot "
             f"learn; give more than {MOBILENET_STRIDE}"
         )
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("--tensorboard: the package tensorboard is missing; run: pip install tensorboard")
     settle_amp(args, device)
     if args.channels_last is None:
         # The processors of several machines may differ, but the model's copies may not.
