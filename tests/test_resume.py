@@ -7,6 +7,7 @@ import random
 import re
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -171,9 +172,19 @@ def test_other_photographs_to_validate_on(shared_drive, working_directory):
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_the_best_epoch_is_chosen_anew_on_other_photographs(shared_drive, working_directory, capsys, epochs):
+def test_the_best_epoch_is_chosen_anew_on_other_photographs(
+    shared_drive, working_directory, capsys, monkeypatch, epochs
+):
     """From the one that the run goes on from; the scores are those of the best weights."""
-    best, scores = LAST.with_name("best_model.pth"), LAST.with_name("scores.json")
+    best, scores, drawn = LAST.with_name("best_model.pth"), LAST.with_name("scores.json"), []
+    scoring = sys.modules["train_utils.scoring.score"]  # its package has a function of this name
+    curves = scoring.curves
+
+    def remember(history, evaluated_on):
+        drawn[:] = [row["epoch"] for row in history]
+        return curves(history, evaluated_on)
+
+    monkeypatch.setattr(scoring, "curves", remember)
     run(shared_drive, "--epochs", 1, "--val-split", 2)
     stored = torch.load(LAST, weights_only=True)
     stored["history"][0]["dice"] = 0.99
@@ -189,6 +200,7 @@ def test_the_best_epoch_is_chosen_anew_on_other_photographs(shared_drive, workin
         report = json.loads(scores.read_text())
         assert report["sha256"] == hashlib.sha256(best.read_bytes()).hexdigest()
         run(shared_drive, "--epochs", epochs + 1, "--val-split", 1, "--resume", "auto")
+        assert drawn == list(range(1, epochs + 1))  # the Dice of epoch 0 was on others
     assert "chosen anew" not in capsys.readouterr().out
 
 

@@ -179,6 +179,14 @@ def test_evaluate_is_the_mean_over_photographs(capsys):
     assert not model.training
 
 
+def test_a_device_may_be_named():
+    model = Constant()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = create_lr_scheduler(optimizer, 2, 1, warmup=False)
+    loss, _ = train_one_epoch(model, optimizer, batches(2), "cpu", 0, 2, scheduler)
+    assert loss > 0 and evaluate(model, batches(1, size=(17, 16)), "cpu", 2)[1] >= 0
+
+
 def test_photographs_smaller_than_the_network_needs_are_evaluated():
     confusion_matrix, dice = evaluate(create_model(base_c=4), batches(2, size=(4, 40)), CPU, 2)
     assert confusion_matrix.mat.sum() == 2 * 3 * 40 and 0 <= dice <= 1

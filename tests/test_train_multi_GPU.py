@@ -291,6 +291,13 @@ def test_a_device_that_computes_nothing():
         select_device("meta")
 
 
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="it is there")
+def test_a_device_that_is_not_there_is_told_in_one_sentence():
+    with pytest.raises(UsageError, match="--device mps: no such device here .*; use cuda, cuda:0 or cpu") as error:
+        select_device("mps")
+    assert len(str(error.value)) < 250
+
+
 def test_processes_that_cannot_meet(monkeypatch, joined):
     monkeypatch.undo()
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():

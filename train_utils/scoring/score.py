@@ -217,20 +217,19 @@ def _best_weights(
         last: the checkpoint of the last epoch, if any.
         history: its rows with a Dice on the photographs that are held out now.
     """
-    if "validated_on" in last and (best := Path(args.output_dir, BEST_MODEL)).exists():
+    best = Path(args.output_dir, BEST_MODEL)
+    if best.exists():
         found = load_checkpoint(best)
-        if found.get("best_dice") == best_dice and sorted(found.get("validated_on", ())) == sorted(
-            last["validated_on"]
-        ):
+        photographs, photographs_now = (sorted(one.get("validated_on", ())) for one in (found, last))
+        if found.get("best_dice") == best_dice and photographs == photographs_now:
             return best
+        print(f"{best}: not written by this run")
     best_row = max(history, key=lambda row: row["dice"], default=None)
     if best_row is not None and best_row["dice"] >= best_dice:
-        # Without --save-best, earlier versions wrote the second alone.
-        for name in (BEST_MODEL, f"model_{best_row['epoch']}.pth"):
-            best = Path(args.output_dir, name)
-            if best.exists() and load_checkpoint(best).get("epoch") == best_row["epoch"]:
-                return best
-        print(f"{Path(args.output_dir, BEST_MODEL)}: not written by this run")
+        # Without --save-best, earlier versions wrote this one alone.
+        best = Path(args.output_dir, f"model_{best_row['epoch']}.pth")
+        if best.exists() and load_checkpoint(best).get("epoch") == best_row["epoch"]:
+            return best
     if args.resume and Path(args.resume).exists():
         # The tutorial's files have no history; their Dice was found when the run began.
         rows = load_checkpoint(args.resume).get("history")
