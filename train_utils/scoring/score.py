@@ -223,13 +223,13 @@ def _best_weights(
         photographs, photographs_now = (sorted(one.get("validated_on", ())) for one in (found, last))
         if found.get("best_dice") == best_dice and photographs == photographs_now:
             return best
-        print(f"{best}: not written by this run")
     best_row = max(history, key=lambda row: row["dice"], default=None)
     if best_row is not None and best_row["dice"] >= best_dice:
         # Without --save-best, earlier versions wrote this one alone.
-        best = Path(args.output_dir, f"model_{best_row['epoch']}.pth")
-        if best.exists() and load_checkpoint(best).get("epoch") == best_row["epoch"]:
-            return best
+        of_epoch = best.with_name(f"model_{best_row['epoch']}.pth")
+        if of_epoch.exists() and load_checkpoint(of_epoch).get("epoch") == best_row["epoch"]:
+            return of_epoch
+        print(f"{best}: not written by this run")
     if args.resume and Path(args.resume).exists():
         # The tutorial's files have no history; their Dice was found when the run began.
         rows = load_checkpoint(args.resume).get("history")
