@@ -6,6 +6,7 @@ import src.threads  # noqa: F401  # before torch is imported
 
 import argparse
 import functools
+import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -126,7 +127,7 @@ def segment_all(
     threads = torch.get_num_threads()
 
     def work(job: tuple[Path, Path, Row | None]) -> Outcome:
-        return work_on(*job, segmenter, settings, args, threads, brief=len(jobs) > 1)
+        return work_on(*job, segmenter, settings, args, threads, brief=len(jobs) > 1, has_table=rows.path is not None)
 
     def tell_of_stop() -> None:
         print("stopping as soon as the photographs that were begun are done", flush=True)
@@ -162,7 +163,9 @@ def work_on(
     settings: str,
     args: argparse.Namespace,
     threads: int,
+    *,
     brief: bool,
+    has_table: bool,
 ) -> Outcome:
     """Segment a photograph and write its pictures, unless an earlier run did just that.
 
@@ -173,33 +176,33 @@ def work_on(
         threads: of torch, for all photographs that are worked on at once.
         brief: there are other photographs, and the line is for a terminal of 80 columns, with what to look at; the
             table has the rest.
+        has_table: a table tells of the masks in the folder.
     """
     started = time.perf_counter()
-    row = dict.fromkeys(COLUMNS, "") | {"file": escaped(path)}
+    # A relative path would name another photograph in another working directory.
+    row = dict.fromkeys(COLUMNS, "") | {"file": escaped(Path(os.path.abspath(path)))}
     try:
         row |= digests(path, settings, args)
+        same = former is not None and all(former[name] == row[name] for name in DIGESTS)
         if former and not args.overwrite:
             if former["photograph_digest"] != row["photograph_digest"] and former["file"] != row["file"]:
                 raise PhotographError(
                     f"{path}: {mask} is the mask of {former['file']}; choose another --output, or give --overwrite"
                 )
-            same = all(former[name] == row[name] for name in DIGESTS)
             if same and all(picture.exists() for picture in picture_paths(mask, args)):
                 line = f"{path.name}: segmented before" if brief else f"{path}: segmented before -> {mask}"
-                return Outcome(path, former, line, kept=True)
+                return Outcome(path, former | {"file": row["file"]}, line, kept=True)
         places = 1 if brief and pixel_count(path) <= LARGE else AT_ONCE  # two large ones may not fit into memory
         with _PLACES.taken(places):
             torch.set_num_threads(threads if threads % AT_ONCE else threads * places // AT_ONCE)  # of this thread
             prediction = predict(path, segmenter, args)
             with memory_for(path):
                 write_pictures(prediction, mask, args)
-        before = former and [former[name] for name in DIGESTS]
-        if before and before != [row[name] for name in DIGESTS]:
-            remove_other_pictures(mask, args)  # of the mask before
+        if has_table and not same:
+            remove_other_pictures(mask, args, replaced=former is not None)
         row |= facts(prediction, time.perf_counter() - started) | {"mask": escaped(Path(mask.name))}
-        replaced = (
-            " (in place of the one with other weights or flags)" if before and before[1] != row[DIGESTS[1]] else ""
-        )
+        of_others = former and former["settings_digest"] != row["settings_digest"]
+        replaced = " (in place of the one with other weights or flags)" if of_others else ""
         line = brief_line(prediction) if brief else f"{progress_line(prediction)} -> {mask}"
         return Outcome(path, row, line + replaced)
     except DatasetError as error:

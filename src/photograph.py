@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from .errors import DatasetError
 from .freed_memory import give_back_freed_memory
@@ -40,7 +40,8 @@ def load_image(path: str | Path) -> Image.Image:
     """Decode an image file of any of FORMATS and any mode, the way up it is shown; of a TIFF its largest page.
 
     Raises:
-        PhotographError: no such file, no image, a damaged one, or one of more than about 180 megapixels.
+        PhotographError: no such file, no image, a damaged one, one of more than about 180 megapixels, or a TIFF that
+            Pillow would read wrongly.
     """
     with _open(path) as image:
         image.load()
@@ -130,10 +131,20 @@ def _open(path: str | Path) -> Iterator[Image.Image]:
         with _no_warnings, Image.open(path, formats=list(FORMATS)) as image:
             if image.format == "TIFF" and len(pages := _pages(path)) > 1:
                 image.seek(pages.index(max(pages)))
+            if image.format == "TIFF" and _has_deep_planes(image):
+                raise PhotographError(
+                    f"{path}: has more than 8 bits a channel in separate planes, which Pillow reads wrongly; save it "
+                    "with all channels in one plane, or as PNG"
+                )
             yield image
+    except PhotographError:
+        raise
     except UnidentifiedImageError as error:
         *first, last = (suffixes[0].removeprefix(".") for suffixes in FORMATS.values())
-        raise PhotographError(f"{path}: not an image of a known format; give {', '.join(first)} or {last}") from error
+        known = f"{', '.join(first)} or {last}"
+        raise PhotographError(
+            f"{path}: not an image of a known format, or damaged; give {known}, or copy it anew from its source"
+        ) from error
     except Image.DecompressionBombError as error:
         raise PhotographError(f"{path}: has more than 180 megapixels; shrink it first") from error
     except MemoryError as error:
@@ -142,6 +153,12 @@ def _open(path: str | Path) -> Iterator[Image.Image]:
     except Exception as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise PhotographError(f"{path}: cannot be read ({reason}); copy the file anew from its source") from error
+
+
+def _has_deep_planes(image: Image.Image) -> bool:
+    """Whether a TIFF has a plane for each colour, not compressed, whose numbers Pillow takes for those of 8 bits."""
+    planes = any(codec == "raw" and how[0] in ("R", "G", "B") for codec, _, _, how in image.tile)
+    return planes and max(image.tag_v2[TiffImagePlugin.BITSPERSAMPLE]) > 8
 
 
 def _pages(path: str | Path) -> list[int]:

@@ -41,7 +41,7 @@ def roi_mask_path(path: Path, choice: str | None) -> Path | None:
     if choice in ("auto", "none"):
         return None
     if choice is None:
-        beside = path.parent.parent / "mask" / f"{path.stem}_mask.gif"  # as in DRIVE
+        beside = Path(os.path.abspath(path)).parent.parent / "mask" / f"{path.stem}_mask.gif"  # as in DRIVE
         return beside if os.path.isfile(beside) else None
     if not os.path.isdir(choice):
         return Path(choice)

@@ -237,7 +237,8 @@ def _as_array(photograph: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     if not isinstance(photograph, Image.Image):
         # It may be the mirrored view of another, which torch does not read.
         array = np.ascontiguousarray(photograph)
-        if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        of_colours = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+        if array.dtype != np.uint8 or not of_colours or array.size == 0:
             raise DatasetError(
                 f"an array of {array.dtype}, {_shape(array)}, is no photograph; give uint8 [H, W, 3] with "
                 "levels from 0 to 255"
@@ -256,6 +257,8 @@ def _as_mask(name: str, mask: np.ndarray, photograph: np.ndarray) -> np.ndarray:
             f"{name}: an array of {mask.dtype}, {_shape(mask)}; give bool {_shape(photograph[..., 0])}, the size "
             "of the photograph"
         )
+    if not mask.any():
+        raise DatasetError(f"{name}: is false everywhere; it must be true where the retina is")
     return mask if mask.dtype == bool else mask != 0
 
 

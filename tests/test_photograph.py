@@ -202,7 +202,7 @@ def test_formats_that_are_not_promised_are_not_opened(tmp_path, format):
     path = tmp_path / "x.jpg"
     Image.fromarray(picture(32, 32)).save(path, format=format)
     for read in (read_photograph, read_binary_mask, lambda path: read_classes(path, 2), page_and_pages):
-        with pytest.raises(PhotographError, match="x.jpg: not an image of a known format; give tif, png, jpg, gif, "):
+        with pytest.raises(PhotographError, match="x.jpg: not an image of a known format, or damaged; give tif, png, "):
             read(path)
 
 
@@ -229,6 +229,33 @@ def test_whatever_a_decoder_raises_is_the_fault_of_the_file(tmp_path, monkeypatc
 def save_pages(path, *pages):
     first, *others = map(Image.fromarray, pages)
     first.save(path, save_all=True, append_images=others)
+
+
+def write_planes(path, planes):
+    """An uncompressed TIFF of channels [3, H, W], each in a plane of its own."""
+    height, width = planes.shape[1:]
+    bits, data = 8 * planes.itemsize, planes.astype(planes.dtype.newbyteorder("<")).tobytes()
+    starts = [8 + channel * len(data) // 3 for channel in range(3)]
+    lists, entries, values = 8 + len(data), [], b""
+    for tag, kind, numbers in (
+        *((256, 4, [width]), (257, 4, [height]), (258, 3, [bits] * 3), (259, 3, [1]), (262, 3, [2])),
+        *((273, 4, starts), (277, 3, [3]), (278, 4, [height]), (279, 4, [len(data) // 3] * 3), (284, 3, [2])),
+    ):
+        value = struct.pack(f"<{len(numbers)}{'H' if kind == 3 else 'I'}", *numbers)
+        if len(value) > 4:
+            value, values = struct.pack("<I", lists + len(values)), values + value
+        entries.append(struct.pack("<HHI4s", tag, kind, len(numbers), value))
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    path.write_bytes(b"II*\0" + struct.pack("<I", lists + len(values)) + data + values + directory)
+
+
+def test_a_tiff_of_one_plane_for_each_colour(tmp_path):
+    planes = picture().transpose(2, 0, 1)
+    write_planes(tmp_path / "8.tif", planes)
+    assert np.array_equal(read_photograph(tmp_path / "8.tif"), picture())
+    write_planes(tmp_path / "16.tif", planes.astype(np.uint16) * 257)
+    with pytest.raises(PhotographError, match="16.tif: has more than 8 bits a channel in separate planes, which"):
+        read_photograph(tmp_path / "16.tif")
 
 
 def test_of_a_tiff_the_largest_page_is_read(tmp_path):

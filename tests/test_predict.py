@@ -205,7 +205,7 @@ def test_files_folders_and_patterns_together(tmp_path, weights, photographs, mon
     monkeypatch.chdir(tmp_path)
     run("--weights", weights, "--image", "photographs/04.png", "photographs/0[12].png")
     assert files(tmp_path / "predictions") == [f"0{n}_vessels.png" for n in (1, 2, 4)] + ["predictions.csv"]
-    assert [row["file"] for row in table(tmp_path / "predictions")][0] == "photographs/04.png"
+    assert [row["file"] for row in table(tmp_path / "predictions")][0] == str(photographs / "04.png")
 
 
 def test_one_photograph_into_a_folder(tmp_path, weights, photographs):
@@ -487,7 +487,7 @@ def test_pictures_of_a_mask_that_was_replaced_go(segmented, capsys):
     run(*flags, "--threshold", "0.7", "--save-prob")
     assert files(out) == sorted(
         [f"0{number}_{kind}.png" for number in (1, 2, 3, 4) for kind in ("vessels", "probability")]
-        + ["predictions.csv", "predictions.html", "predictions_thumbnails"]
+        + ["predictions.csv", "predictions_thumbnails"]
     )
     assert files(out / "predictions_thumbnails") == []
 
@@ -554,6 +554,30 @@ def test_the_mask_of_another_photograph_stays(segmented, capsys, photographs, tm
     assert kept(capsys, *flags[:2], "--image", tmp_path / "others/03.png", "--output", out) == [1]
 
 
+def test_the_mask_of_another_photograph_of_the_same_relative_name_stays(
+    tmp_path, weights, photographs, capsys, monkeypatch
+):
+    for patient, photograph in (("anna", "01.png"), ("berta", "02.png")):
+        (tmp_path / patient).mkdir()
+        (photographs / photograph).rename(tmp_path / patient / "left.png")
+    flags = ("--weights", weights, "--image", "left.png", "--output", tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "anna")
+    run(*flags)
+    before = (tmp_path / "out" / "left_vessels.png").read_bytes()
+    monkeypatch.chdir(tmp_path / "berta")
+    assert f"left_vessels.png is the mask of {tmp_path / 'anna' / 'left.png'}" in fails(capsys, *flags)
+    assert (tmp_path / "out" / "left_vessels.png").read_bytes() == before
+    # Named in another way it is the same photograph still, though its content changes; where it was moved to is told.
+    shutil.copy("left.png", "../anna/left.png")
+    run(*flags[:3], "../anna/left.png", *flags[4:])
+    assert (tmp_path / "out" / "left_vessels.png").read_bytes() != before
+    os.rename("../anna", "../anne")
+    capsys.readouterr()
+    assert kept(capsys, *flags[:3], "../anne/left.png", *flags[4:]) == [1]
+    found = {row["file"]: row["mask"] for row in table(tmp_path / "out")}
+    assert found == {str(tmp_path / "anne" / "left.png"): "left_vessels.png", str(tmp_path / "berta" / "left.png"): ""}
+
+
 def test_a_killed_run_goes_on(segmented, capsys):
     flags, out = segmented
     path = out / "predictions.csv"
@@ -562,6 +586,28 @@ def test_a_killed_run_goes_on(segmented, capsys):
     assert kept(capsys, *flags) == [1, 2]
     assert sorted(path.read_text().splitlines()[1:3]) == sorted(line.strip() for line in lines[1:3])
     assert len(table(out)) == 4
+
+
+def test_pictures_that_a_killed_run_left_go(segmented, capsys):
+    """They show another mask than the one beside them."""
+    flags, out = segmented
+    run(*flags, "--overlay", "--save-prob")
+    path = out / "predictions.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:4]))
+    run(*flags, "--threshold", "0.7")
+    assert files(out) == [*(f"0{number}_vessels.png" for number in (1, 2, 3, 4)), "predictions.csv"]
+
+
+def test_pictures_that_no_flag_asks_for_stay_too(tmp_path, weights, photographs, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "02_overlay.png").write_bytes(b"somebody's")
+    flags = "--weights", weights, "--image", photographs, "--output", out
+    assert "02_overlay.png is there, and no predictions.csv" in fails(capsys, *flags)
+    assert files(out) == ["02_overlay.png"]
+    run(*flags, "--overwrite")
+    assert "02_overlay.png" not in files(out)
 
 
 def test_rows_are_there_as_soon_as_their_masks(tmp_path, weights, photographs, monkeypatch):

@@ -191,6 +191,9 @@ def test_failures_and_then_the_least_reliable_come_first(tmp_path):
     columns = (*COLUMNS, "reliability")
     assert Page(write(tmp_path, "fedcb1", failures, columns, reliability=reliability)).names == list("xad1befc")
     assert Page(write(tmp_path, "fedc")).names == list("fedc")
+    warnings = ["", "blurred", "", "too dark"]
+    page = Page(write(tmp_path, "fedc", {}, (*columns, "warning"), reliability=reliability[:4], warning=warnings))
+    assert page.names == list("ecdf")
 
 
 def test_no_name_can_do_harm(tmp_path):

@@ -89,6 +89,8 @@ def test_masks_of_numbers(weights, photograph, mask):
     )
     with pytest.raises(DatasetError, match=r"retina: an array of bool, \[80, 9\]"):
         segmenter(photograph, inside, inside[:, :9])
+    with pytest.raises(DatasetError, match="field_of_view: is false everywhere"):
+        segmenter(photograph, inside & False)
 
 
 def test_arrays_that_are_no_rgb_photographs(weights, photograph):
@@ -98,7 +100,7 @@ def test_arrays_that_are_no_rgb_photographs(weights, photograph):
     assert np.array_equal(segmenter(grey).photograph, np.repeat(grey[..., None], 3, axis=2))
     opaque = np.dstack([image, np.full_like(grey, 255)])
     assert np.array_equal(segmenter(opaque).labels, segmenter(image).labels)
-    for other in (image / 255, image.astype(np.uint16), image[..., :2], image[None], grey > 9):
+    for other in (image / 255, image.astype(np.uint16), image[..., :2], image[None], grey > 9, image[:0]):
         with pytest.raises(DatasetError, match=r"is no photograph; give uint8 \[H, W, 3\]"):
             segmenter(other)
 

@@ -129,7 +129,7 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
             "photographs; choose another folder"
         )
     if not args.overwrite and not os.path.exists(output / TABLE):
-        pictures = [path for mask in masks for path in picture_paths(mask, args)]
+        pictures = [path for mask in masks for path in _all_pictures(mask)]
         _require_nothing_there(pictures, f"--output {output}", TABLE)
     return output / TABLE, masks
 
@@ -198,15 +198,24 @@ def picture_paths(mask: Path, args: argparse.Namespace) -> list[Path]:
     return [mask, *(beside(mask, kind) for kind, asked in kinds.items() if asked), *thumbnails]
 
 
-def remove_other_pictures(mask: Path, args: argparse.Namespace) -> None:
+def _all_pictures(mask: Path) -> list[Path]:
+    """The files that `write_pictures` may write."""
+    return [mask, *(beside(mask, kind) for kind in KINDS if kind != "vessels"), *thumbnail_paths(mask)]
+
+
+def remove_other_pictures(mask: Path, args: argparse.Namespace, *, replaced: bool) -> None:
     """Remove the pictures of a mask that `write_pictures` does not write: they would show an earlier one.
+
+    Args:
+        replaced: the mask is in place of another one. Then the page of --report goes too, unless it will be rewritten.
 
     Raises:
         OutputError: one cannot be removed.
     """
-    kinds = (beside(mask, kind) for kind in KINDS if kind != "vessels")
-    for path in {*kinds, *thumbnail_paths(mask)} - set(picture_paths(mask, args)):
+    for path in set(_all_pictures(mask)) - set(picture_paths(mask, args)):
         remove(path)
+    if replaced and not args.report:
+        remove(mask.parent / REPORT)
 
 
 def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace) -> None:

@@ -45,7 +45,9 @@ def write_report(
     failures: Mapping[Path, str],
     masks: Mapping[Path, Path],
 ) -> None:
-    """Write the page, whole or not at all: the failures first, then the rows, the least reliable ones first.
+    """Write the page, whole or not at all: the failures first, then the rows with a warning, then the others.
+
+    Of either the least reliable ones come first.
 
     Args:
         path: the page; the masks and the folder of thumbnails lie beside it.
@@ -76,7 +78,7 @@ def _page(
     yield HEAD.substitute(summary=summary, buttons=buttons)
     for photograph, message in failures.items():
         yield f'<article class="failed">\n{_heading(photograph)}\n<p>{escape(message)}</p>\n</article>\n'
-    for row in sorted(rows, key=_reliability):
+    for row in sorted(rows, key=_doubt):
         mask, name = masks[row["file"]], escape(row["file"].name)
         plain, overlay = (f"{THUMBNAILS}/{_link(path)}" for path in thumbnail_paths(mask))
         facts = "".join(
@@ -104,13 +106,13 @@ def _link(path: Path) -> str:
     return quote(os.fsencode(path.name), safe="")
 
 
-def _reliability(row: Mapping[str, Any]) -> float:
-    """What to sort by, ascending: a row whose reliability is no number is trusted least."""
+def _doubt(row: Mapping[str, Any]) -> tuple[bool, float]:
+    """What to sort by, ascending: warnings first; a row whose reliability is no number is trusted least."""
     try:
         reliability = float(row.get("reliability", ""))
     except (TypeError, ValueError):
-        return -math.inf
-    return -math.inf if math.isnan(reliability) else reliability
+        reliability = math.nan
+    return not row.get("warning"), -math.inf if math.isnan(reliability) else reliability
 
 
 HEAD = Template("""<!DOCTYPE html>
