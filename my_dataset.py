@@ -153,6 +153,16 @@ class DriveDataset(Dataset):
         """The photographs' files."""
         return [item.photograph for item in self.files]
 
+    @property
+    def manual(self) -> list[Path]:
+        """The files of their labels."""
+        return [item.label for item in self.files]
+
+    @property
+    def roi_mask(self) -> list[Path | None]:
+        """The files of their ROI masks, where they have one."""
+        return [item.roi_mask for item in self.files]
+
     def to(self, device: torch.device) -> "DriveDataset":
         """These photographs in a device's memory: `transforms` gets `tv_tensors` there, not PIL images."""
 

@@ -18,11 +18,17 @@ def read_binary_mask(path: str | Path) -> np.ndarray:
     (up to 64 of 255), its white darker than 255 (down to 192), and a hundredth of its pixels may lie in between.
 
     Raises:
-        DatasetError: it cannot be read, or holds other values.
+        DatasetError: it cannot be read, or holds other values, or 0, 1 and 255: in some data sets 1 is the
+            vessels and 255 what is unknown.
     """
     grey = np.array(to_rgb(load_image(path)).convert("L"))
     if grey.max() <= 1:
         return grey == 1
+    if (grey == 1).any() and not ((grey > 1) & (grey < 255)).any():
+        raise DatasetError(
+            f"{path}: holds the values {_list(np.unique(grey))}, where 1 may be white and 255 unknown; save it again "
+            "with 0 and 255 alone"
+        )
     between = (grey > LIGHTEST_BLACK) & (grey < DARKEST_WHITE)
     if grey.max() < DARKEST_WHITE or between.mean() > LARGEST_SMEAR:
         raise DatasetError(

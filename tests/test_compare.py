@@ -50,6 +50,13 @@ def test_paired_differences(files, capsys):
     assert "paired difference +0.0033, standard error 0.0067, higher in 2 of 3" in dice
 
 
+def test_sets_that_overlap_in_part(files, tmp_path, capsys):
+    other = write(tmp_path / "other.json", p=0.8, x=0.5)
+    dice = run(capsys, *files[0], "--against", other)[1]
+    both = "(of the 1 in both 0.8100)   against 0.8000   paired difference +0.0100, standard error -, higher in 1 of 1"
+    assert dice.endswith(both) and f"over photographs {statistics.fmean([0.81, 0.69, 0.91]):.4f} ± " in dice
+
+
 def test_undefined_scores_are_left_out(files, capsys):
     assert run(capsys, *files[0])[3].split(maxsplit=1) == ["specificity", "over photographs -, over all scores -"]
 

@@ -181,7 +181,7 @@ def test_log_odds_agree_with_softmax_and_argmax():
         logits = 3 * torch.from_numpy(generator.normal(size=(2, classes, 9, 8))).float()
         logits[0, :2, :3] = 1.0  # ties
         log_odds = vessel_log_odds(logits)
-        expected = torch.logit(torch.softmax(logits.double(), dim=1)[:, 1])
+        expected = -torch.logit(torch.softmax(logits.double(), dim=1)[:, 0])
         torch.testing.assert_close(log_odds.double(), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(vessel_log_odds(logits[:, :2]) > 0, logits[:, :2].argmax(1) == 1)
     assert vessel_log_odds(torch.tensor([[[[-50.0]], [[50.0]]]])).item() == 100  # softmax gives 1 from 17 on

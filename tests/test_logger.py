@@ -26,6 +26,21 @@ def test_meters_are_attributes():
         metric_logger.lr  # noqa: B018
 
 
+def test_nothing_is_kept_of_gradients():
+    value = SmoothedValue()
+    value.update(2 * torch.ones((), requires_grad=True))
+    assert value.total.grad_fn is None and value.deque[0].grad_fn is None and value.global_avg == 2
+
+
+def test_a_meter_needs_not_be_added(capsys):
+    metric_logger = MetricLogger()
+    metric_logger.meters["accuracy"].update(0.5, n=2)
+    assert metric_logger.accuracy.count == 2
+    for _ in metric_logger.log_every(range(2), 1):
+        pass
+    assert "None" not in capsys.readouterr().out
+
+
 def test_log_every(capsys):
     logger = MetricLogger(delimiter="  ")
     for item in logger.log_every([1, 2, 3, 4, 5], 2, "Test:"):

@@ -51,6 +51,17 @@ def test_kinds_of_files(tmp_path):
         assert np.array_equal(read_binary_mask(path), VESSELS), number
 
 
+def test_white_may_be_1_or_255(tmp_path):
+    """As in the items of `DriveDataset`: 255 is what does not count."""
+    levels = VESSELS.astype(np.uint8)
+    levels[:, :5] = 255
+    path = save(levels, tmp_path / "label.png")
+    for read in (read_binary_mask, lambda path: read_classes(path, 1)):
+        with pytest.raises(DatasetError, match="label.png: holds the values 0, 1, 255, where 1 may be white and 255 "):
+            read(path)
+    assert np.array_equal(read_classes(path, 2), levels)
+
+
 def test_smear_of_jpeg(tmp_path):
     wide = np.pad(np.kron(VESSELS, np.ones((9, 9), bool)), ((3, 0), (5, 0)))  # edges within the blocks of 8 x 8
     path = tmp_path / "label.jpg"

@@ -37,6 +37,8 @@ def test_items(shared_drive):
         assert set(np.unique(label)) == {0, 1, 255}
         assert np.array_equal(label == 255, ~inside)
         assert np.array_equal(label == 1, vessels & inside)
+        assert dataset.manual[i] == folder / "1st_manual" / f"{key}_manual1.gif"
+        assert dataset.roi_mask[i] == folder / "mask" / f"{key}_training_mask.gif"
 
 
 def test_transforms_get_both(shared_drive):

@@ -24,7 +24,6 @@ from train_utils.scoring import measure
 from transforms import get_transform
 
 CPU = torch.device("cpu")
-BEST = Path("save_weights/best_model.pth")
 
 
 def run(data, *flags):

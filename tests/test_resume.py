@@ -64,6 +64,18 @@ def test_interrupted_and_resumed(shared_drive, undisturbed, working_directory, w
     assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["epoch", *"012345"]
 
 
+def test_runs_that_go_on_from_one_file_have_results_of_their_own(shared_drive, working_directory):
+    run(shared_drive, "--epochs", 1)
+    for epochs, folder in ((2, "a"), (3, "b")):
+        run(shared_drive, "--epochs", epochs, "--resume", LAST, "--output-dir", folder)
+    assert sorted(len(table.read_text().splitlines()) for table in Path().glob("results*.csv")) == [2, 3, 4]
+    stems = {load_checkpoint(Path(folder, "last_model.pth"))["results"] for folder in ("save_weights", "a", "b")}
+    assert len(stems) == 3
+    run(shared_drive, "--epochs", 4, "--resume", "a/last_model.pth", "--output-dir", "./a/../a")
+    assert len(Path(f"{load_checkpoint('a/last_model.pth')['results']}.csv").read_text().splitlines()) == 5
+    assert len([*Path().glob("results*.csv")]) == 3
+
+
 @pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_a_recipe_interrupted_and_resumed(shared_drive, tmp_path, monkeypatch, optimizer):
     """Its optimizer, one cycle, averaged weights and a number of steps an epoch come back as they were."""

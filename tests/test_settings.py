@@ -96,6 +96,7 @@ def test_wrong_precision(shared_drive, working_directory, capsys):
     [
         (("--arch", "mobilenet_v3", "--crop-size", "32"), "--crop-size 32: one pixel is left of it"),
         (("--num-classes", "2", "--threshold", "auto"), "--threshold auto: has no meaning for 3 classes"),
+        (("--num-classes", "2", "--threshold", "0.4"), "--threshold 0.4: has no meaning for 3 classes"),
     ],
 )
 def test_flags_that_would_fail_later(settled, flags, message):

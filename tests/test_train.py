@@ -206,6 +206,21 @@ def test_out_of_memory_says_which_flags_to_lower(shared_drive, working_directory
     assert "name fewer or smaller photographs by --data-path" in fails(capsys, *flags)
 
 
+def test_weights_that_do_not_tell_what_they_know(drive, working_directory, capsys):
+    """The tutorial trained on all training photographs; the official download has no labels of others."""
+    save_as_the_tutorial("tutorial.pth", train.create_model(base_c=4))
+    said = "tutorial.pth does not tell which photographs it was trained on"
+    run(drive, "--test-only", "--resume", "tutorial.pth", "--output-dir", "scores")
+    assert said not in capsys.readouterr().out  # the test photographs are scored
+    shutil.rmtree(drive / "DRIVE" / "test" / "1st_manual")
+    run(drive, "--epochs", "9", "--resume", "tutorial.pth", "--output-dir", "on")
+    assert said in capsys.readouterr().out
+    run(drive, "--init-weights", "tutorial.pth", "--epochs", "1", "--output-dir", "tuned")
+    assert said in capsys.readouterr().out
+    run(drive, "--test-only", "--resume", "tutorial.pth", "--output-dir", "scores", "--threshold", "auto")
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("epochs", [8, 9])  # with 8 there is nothing left to train
 def test_weights_of_the_tutorial_that_stay_the_best(epochs, shared_drive, working_directory, monkeypatch, capsys):
     save_as_the_tutorial("tutorial.pth", train.create_model(base_c=4))

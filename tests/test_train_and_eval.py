@@ -86,6 +86,11 @@ def train(model, loader, print_freq=10, scaler=None, lr=0.01):
     return train_one_epoch(model, optimizer, loader, CPU, 0, 2, scheduler, print_freq, scaler)
 
 
+def test_a_loader_without_a_batch():
+    with pytest.raises(ValueError, match="data_loader: gives no batch, as with fewer items than a batch"):
+        train(Constant(), batches(0))
+
+
 def test_mean_loss_is_over_all_steps_whatever_is_printed(capsys):
     results = {train(Constant(), batches(7), print_freq) for print_freq in (1, 3, 100)}
     assert len(results) == 1

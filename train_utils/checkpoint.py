@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from src import BackboneUNet, BackboneWeightsError
-from src.weights import CheckpointError, is_state_dict, load_checkpoint, read_file
+from src.weights import Checkpoint, CheckpointError, is_state_dict, load_checkpoint, read_file
 
+from .distributed_utils import is_main_process
 from .files import replace_whole
 
 LAST_MODEL, BEST_MODEL = "last_model.pth", "best_model.pth"
@@ -52,3 +53,15 @@ def add_to_checkpoint(path: str | Path, **values: Any) -> None:
     checkpoint = load_checkpoint(path)
     del checkpoint["path"]
     save_checkpoint(checkpoint | values, path)
+
+
+def warn_of_unknown_training(checkpoint: Checkpoint) -> None:
+    """Say that a part of the training photographs may be known to weights that do not tell theirs.
+
+    Earlier versions held out as many as their flags say; the tutorial trained on all of DRIVE's.
+    """
+    if is_main_process() and "trained_on" not in checkpoint and "val_split" not in checkpoint["args"]:
+        print(
+            f"warning: {checkpoint['path']} does not tell which photographs it was trained on; the tutorial's weights "
+            "know all of DRIVE's training part, and would score too high on what is held out of it"
+        )

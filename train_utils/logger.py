@@ -5,7 +5,7 @@ import shutil
 import string
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,7 +21,8 @@ SECONDS_UNPRINTED = 1.0
 class SmoothedValue:
     """The last values of a series, and the mean over all of them.
 
-    Tensors stay on their device and are read only when a number is needed, so an update never waits for a GPU.
+    Tensors stay on their device and are read only when a number is needed, so an update never waits for a GPU. Of their
+    gradients nothing is kept.
     """
 
     def __init__(self, window_size: int = 20, fmt: str | None = None) -> None:
@@ -31,6 +32,7 @@ class SmoothedValue:
         self.fmt = fmt or "{value:.4f} ({global_avg:.4f})"
 
     def update(self, value: float | Tensor, n: int = 1) -> None:
+        value = value.detach() if isinstance(value, Tensor) else value
         self.deque.append(value)
         self.count += n
         self.total = self.total + value * n
@@ -78,7 +80,7 @@ class MetricLogger:
     """
 
     def __init__(self, delimiter: str = "\t", one_line: bool = False) -> None:
-        self.meters: dict[str, SmoothedValue] = {}
+        self.meters: defaultdict[str, SmoothedValue] = defaultdict(SmoothedValue)
         self.delimiter = delimiter
         self.one_line = one_line and sys.stdout.isatty()
 
@@ -87,7 +89,7 @@ class MetricLogger:
 
     def update(self, **values: float | Tensor) -> None:
         for name, value in values.items():
-            self.meters.setdefault(name, SmoothedValue()).update(value)
+            self.meters[name].update(value)
 
     def __getattr__(self, name: str) -> SmoothedValue:
         if name in self.__dict__.get("meters", ()):
@@ -116,13 +118,13 @@ class MetricLogger:
         else:
             print(line, flush=True)
 
-    def log_every(self, iterable: Iterable, print_freq: int, header: str = "") -> Iterator[Any]:
+    def log_every(self, iterable: Iterable, print_freq: int, header: str | None = None) -> Iterator[Any]:
         """Yield the items of a sized iterable; print a progress line every `print_freq` of them and after the last.
 
         If a value is on a GPU, printing it makes the host wait: then there is at most one line a second, and the last.
         `time` is seconds per item, `data` the part of it spent loading the item, `max mem` the GPU memory in MiB.
         """
-        total = len(iterable)
+        total, header = len(iterable), header or ""
         item_time, data_time = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
         start = end = printed = time.time()
         for i, item in enumerate(iterable):

@@ -43,8 +43,7 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
         )
     if args.init_weights and checkpoint is not None and is_main_process():
         print(f"--init-weights {args.init_weights}: not read again, as the run goes on from {checkpoint['path']}")
-    if args.threshold == "auto":
-        require_two_classes_for_threshold(args.num_classes + 1)
+    require_two_classes_for_threshold(args.num_classes + 1, args.threshold)
     if args.arch == "mobilenet_v3" and args.crop_size <= MOBILENET_STRIDE:
         raise UsageError(
             f"--crop-size {args.crop_size}: one pixel is left of it in --arch mobilenet_v3, of which BatchNorm cannot "
@@ -88,14 +87,14 @@ def require_use_of_scales(args: argparse.Namespace, checkpoint: Checkpoint | Non
         raise UsageError(f"--tta-scales {' '.join(map(str, args.tta_scales))}: does nothing without --tta; add --tta")
 
 
-def require_two_classes_for_threshold(classes: int) -> None:
-    """Raise where a threshold is to be chosen for a model of more than two classes.
+def require_two_classes_for_threshold(classes: int, threshold: float | str) -> None:
+    """Raise where a threshold is given for a model of more than two classes.
 
     Raises:
         UsageError: it is.
     """
-    if classes > 2:
-        raise UsageError(f"--threshold auto: has no meaning for {classes} classes; leave it out")
+    if classes > 2 and threshold != 0.5:
+        raise UsageError(f"--threshold {threshold}: has no meaning for {classes} classes; leave it out")
 
 
 def _diameter_to_go_on_at(weights: str, diameter: float) -> float:

@@ -121,9 +121,14 @@ def train_one_epoch(
         the mean loss over all steps (and processes), the last learning rate.
 
     Raises:
+        ValueError: there is no batch.
         NonFiniteLossError: a loss was NaN or infinite. All processes raise it together, at the next progress line (on a
             GPU: at the next of the checks every STEPS_UNCHECKED steps, or at the end).
     """
+    if len(data_loader) == 0:
+        raise ValueError(
+            "data_loader: gives no batch, as with fewer items than a batch and drop_last; give smaller ones"
+        )
     device = torch.device(device)
     model.train()
     metric_logger = MetricLogger(delimiter="  ", one_line=one_line)

@@ -4,6 +4,7 @@ import argparse
 import copy
 import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from src.dataset_files import LabelledPhotograph, describe
 from src.segment import ONE_SIZE
 from src.weights import Checkpoint, CheckpointError, load_checkpoint, load_weights
 
-from .checkpoint import LAST_MODEL
+from .checkpoint import LAST_MODEL, warn_of_unknown_training
 from .distributed_utils import is_main_process, on_main_process
 from .flags import default_flags
 from .mixed_precision import amp_dtype
@@ -76,6 +77,7 @@ class TrainingState:
         self.selected_on = describe(validated_on)  # the photographs that the best epoch is chosen on, in words
         self.trained_on = [item.digest for item in trained_on]
         self.validated_on = [item.digest for item in validated_on]
+        self._held_out = validated_on
         self.trained_scale = trained_scale  # that the training photographs were resized by, in the median
         self.close_ups = close_ups  # whether most of them show no border of the field of view
         self.steps_per_epoch = steps_per_epoch
@@ -185,11 +187,15 @@ class TrainingState:
         self.epoch = checkpoint["epoch"] + 1
         self.saved_in = checkpoint["path"]
         self._take_over_photographs(checkpoint)
-        self.results.resume(checkpoint.get("results"), checkpoint.get("history", []))
+        # Several runs may go on from one file, each in a folder of its own; the files of results would be the same.
+        same_folder = os.path.realpath(Path(checkpoint["path"]).parent) == os.path.realpath(args.output_dir)
+        self.results.resume(checkpoint.get("results") if same_folder else None, checkpoint.get("history", []))
         self._start_schedule()
         self._report_changes(checkpoint["args"])
 
     def _count_as_trained_on(self, checkpoint: Checkpoint) -> None:
+        if any(item.part == "training" for item in self._held_out):
+            warn_of_unknown_training(checkpoint)
         before = checkpoint.get("trained_on", [])
         if mixed := set(before) & set(self.validated_on):
             raise CheckpointError(

@@ -62,6 +62,10 @@ def paired(first: Scores, second: Scores) -> list[float]:
     return [statistics.fmean(first[key]) - statistics.fmean(second[key]) for key in first if key in second]
 
 
+def _means(scores: Scores) -> list[float]:
+    return [statistics.fmean(values) for values in scores.values()]
+
+
 def report(files: Sequence[str], against: Sequence[str]) -> str:
     """The table, a line for each score.
 
@@ -74,20 +78,21 @@ def report(files: Sequence[str], against: Sequence[str]) -> str:
         if not lines:
             count = sum(map(len, scores.values()))
             lines.append(f"{len(files)} files, {len(scores)} photographs, {count} scores; mean ± standard deviation")
-        means = [statistics.fmean(values) for values in scores.values()]
         every = [value for values in scores.values() for value in values]
-        line = f"{heading:12}over photographs {spread(means)}, over all scores {spread(every)}"
+        line = f"{heading:12}over photographs {spread(_means(scores))}, over all scores {spread(every)}"
         if against and scores:
             others = read_scores(against, score)
-            differences = paired(scores, others)
+            both = {key: values for key, values in scores.items() if key in others}
+            differences = paired(both, others)
             if not differences:
                 raise ScoresError(f"--against {against[0]}: scores none of the photographs of {files[0]}")
-            error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+            count = len(differences)
+            error = f"{statistics.stdev(differences) / math.sqrt(count):.4f}" if count > 1 else "-"
             better = sum(difference > 0 for difference in differences)
+            of_both = f" (of the {count} in both {spread(_means(both))})" if count < len(scores) else ""
             line += (
-                f"   against {spread([statistics.fmean(values) for values in others.values()])}   paired difference "
-                f"{statistics.fmean(differences):+.4f}, standard error {error:.4f}, higher in {better} of "
-                f"{len(differences)}"
+                f"{of_both}   against {spread(_means({key: others[key] for key in both}))}   paired difference "
+                f"{statistics.fmean(differences):+.4f}, standard error {error}, higher in {better} of {count}"
             )
         lines.append(line)
     return "\n".join(lines)

@@ -182,13 +182,13 @@ def _quotient(numerator: float, denominator: float, undefined: float = math.nan)
 
 
 def vessel_log_odds(logits: Tensor) -> Tensor:
-    """log(p / (1 - p)) of the probability p of class 1 under softmax: logits [N, C, H, W] -> float32 [N, H, W].
+    """log(p / (1 - p)) of the probability p of any class but 0 under softmax: logits [N, C, H, W] -> float32 [N, H, W].
 
     p itself rounds to 1 above a log-odds of 17; the log-odds still rank confident pixels. With two classes it is
     positive exactly where the argmax is 1.
     """
     logits = logits.float()
-    return logits[:, 1] - torch.cat([logits[:, :1], logits[:, 2:]], dim=1).logsumexp(dim=1)
+    return logits[:, 1:].logsumexp(dim=1) - logits[:, 0]
 
 
 class ProbabilityHistogram:

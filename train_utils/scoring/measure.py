@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from my_dataset import OUTSIDE, VESSEL, DriveDataset, require_size
+from my_dataset import BACKGROUND, OUTSIDE, DriveDataset, require_size
 from src.dataset_files import root_names
 from src.inference import for_inference
 from src.masks import read_binary_mask
@@ -48,7 +48,8 @@ class Segmentation:
     """How one observer's vessels in one photograph agree with the first observer's."""
 
     field_of_view: PixelCounts
-    full_frame: PixelCounts  # outside the field of view all is predicted as background; the truth is the label's
+    # Outside the field of view all is predicted as background; the truth is the label's, where that is known.
+    full_frame: PixelCounts
     cl_dice: float  # inside the field of view
 
 
@@ -135,26 +136,32 @@ def measure(
     """Score a model on every photograph of a dataset once, shared between the processes.
 
     Args:
-        model: in eval mode on `device`; class 1 is the vessels.
+        model: in eval mode on `device`; all classes but the background are vessels.
         dataset: with the evaluation transform.
         device: of the model.
-        threshold: the probability above which a pixel is a vessel.
+        threshold: the probability above which a pixel is a vessel; of more than two classes, the most probable one
+            counts.
         tta: take the mean over the views of each photograph.
         scales: of these views, see `src.segment.views`; the photographs have the largest.
         trained_scale: of the model, see `src.segment.widening`.
     """
     measurement = Measurement(model.model_args["num_classes"])
+    two_classes = model.model_args["num_classes"] == 2
     names = root_names(dataset.files)
     for index, logits, label in _predictions(model, dataset, device, "Test:", tta, scales):
         measurement.confusion_matrix.update(label.flatten(), most_probable(logits).flatten())
         measurement.dice.update(logits, label)
-        log_odds = vessel_log_odds(logits)[0] - widening(dataset.scales[index], trained_scale)  # [H, W]
-        label = label[0]  # [H, W]
-        inside = label != OUTSIDE
-        truth = torch.from_numpy(dataset.classes[index]).to(device) == VESSEL  # [H, W], outside the field of view too
-        measurement.field_of_view.update(log_odds, truth.long().masked_fill(~inside, OUTSIDE))
-        measurement.full_frame.update(log_odds.masked_fill(~inside, -math.inf), truth.long())
-        prediction = (log_odds > math.log(threshold / (1 - threshold))) & inside
+        log_odds = vessel_log_odds(logits)[0]  # [H, W]
+        if two_classes:
+            log_odds = log_odds - widening(dataset.scales[index], trained_scale)
+            prediction = log_odds > math.log(threshold / (1 - threshold))
+        else:
+            prediction = most_probable(logits)[0] != BACKGROUND
+        inside = label[0] != OUTSIDE  # [H, W]
+        truth = _vessels(torch.from_numpy(dataset.classes[index]).to(device))  # outside the field of view too
+        measurement.field_of_view.update(log_odds, truth.masked_fill(~inside, OUTSIDE))
+        measurement.full_frame.update(log_odds.masked_fill(~inside, -math.inf), truth)
+        prediction &= inside
         _add(measurement, dataset, index, names, prediction, truth, inside)
     measurement.reduce_from_all_processes()
     return measurement
@@ -173,14 +180,19 @@ def measure_masks(masks: Sequence[Path], dataset: DriveDataset) -> Measurement:
         vessels = read_binary_mask(path)
         require_size(path, vessels, dataset.img_list[index], dataset.labels[index].shape)
         predicted = torch.from_numpy(vessels)
-        label = torch.from_numpy(dataset.labels[index]).long()
+        label = _vessels(torch.from_numpy(dataset.labels[index]))
         inside = label != OUTSIDE
         measurement.confusion_matrix.update(label.flatten(), predicted.long().flatten())
         measurement.dice.update(torch.stack([~predicted, predicted]).float()[None], label[None])
-        truth = torch.from_numpy(dataset.classes[index]) == VESSEL
+        truth = _vessels(torch.from_numpy(dataset.classes[index]))
         _add(measurement, dataset, index, names, predicted & inside, truth, inside)
     measurement.reduce_from_all_processes()
     return measurement
+
+
+def _vessels(classes: Tensor) -> Tensor:
+    """Classes, uint8 [H, W], as int64: 1 for all but the background, OUTSIDE where nothing is known."""
+    return torch.where(classes == OUTSIDE, OUTSIDE, classes != BACKGROUND)
 
 
 def _add(
@@ -192,7 +204,7 @@ def _add(
     truth: Tensor,
     inside: Tensor,
 ) -> None:
-    """Add what was predicted in one photograph, bool [H, W], to what is measured."""
+    """Add what was predicted in one photograph, bool [H, W], to what is measured; `truth` is of `_vessels`."""
     item = dataset.files[index]
     second = dataset.second_observers[index]
     score = PhotographScore(
@@ -203,17 +215,17 @@ def _add(
         _compare(prediction, truth, inside),
         None if second is None else _compare(torch.from_numpy(second).to(inside.device) & inside, truth, inside),
     )
-    masks = (mask.cpu().numpy() for mask in (truth, prediction, inside))
+    masks = (mask.cpu().numpy() for mask in (truth == 1, prediction, inside))
     row = sheet_row(score.name, score.model.field_of_view.dice, dataset.images[index], *masks)
     measurement.add(score, row)
 
 
 def _compare(prediction: Tensor, truth: Tensor, inside: Tensor) -> Segmentation:
-    """Compare vessels, bool [H, W], that are all inside the field of view, with the true ones."""
+    """Compare vessels, bool [H, W], that are all inside the field of view, with the true ones, of `_vessels`."""
     return Segmentation(
-        field_of_view=PixelCounts.of(prediction, truth.long().masked_fill(~inside, OUTSIDE)),
+        field_of_view=PixelCounts.of(prediction, truth.masked_fill(~inside, OUTSIDE)),
         full_frame=PixelCounts.of(prediction, truth),
-        cl_dice=cl_dice(prediction.cpu().numpy(), (truth & inside).cpu().numpy()),
+        cl_dice=cl_dice(prediction.cpu().numpy(), ((truth == 1) & inside).cpu().numpy()),
     )
 
 

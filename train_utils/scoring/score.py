@@ -24,7 +24,7 @@ from src.segment import ONE_SIZE
 from src.weights import Checkpoint, CheckpointError, build_model, load_checkpoint, normalization_of
 from transforms import get_transform
 
-from ..checkpoint import BEST_MODEL, LAST_MODEL, add_to_checkpoint
+from ..checkpoint import BEST_MODEL, LAST_MODEL, add_to_checkpoint, warn_of_unknown_training
 from ..command_line import UsageError
 from ..data_loading import reading, require_classes
 from ..distributed_utils import is_main_process, on_main_process
@@ -278,6 +278,7 @@ def _files_to_score(args: argparse.Namespace, checkpoint: Checkpoint | None = No
         photographs = photographs_to_score(root)
         if checkpoint is not None and "trained_on" not in checkpoint and photographs[0].part == "training":
             # The run did not record its photographs. It was an earlier version's, or the tutorial's, on DRIVE.
+            warn_of_unknown_training(checkpoint)
             photographs = Split(checkpoint["args"].get("val_split") or None).divide(root)[1]
         files += photographs
     require_different(files)
@@ -304,19 +305,23 @@ def _settle_threshold(
     It is chosen on the photographs that the weights' own run held out; where it held out none, on those it trained on.
     Where those held out are `scored` too, as without labels of test photographs, its origin says so.
     """
+    classes = model.model_args["num_classes"]
+    require_two_classes_for_threshold(classes, args.threshold)
+    if classes > 2:
+        return Threshold(args.threshold, "not used: the most probable class counts, all but 0 are vessels")
     if args.threshold != "auto":
         return Threshold(args.threshold, "--threshold")
-    require_two_classes_for_threshold(model.model_args["num_classes"])
     files, held_out = _files_for_threshold(checkpoint, args)
     value = best_threshold(model, _open(files, model, checkpoint, how), device, **how)
     # The threshold holds with these views alone.
     of_views = {"tta_scales": list(how["scales"])} if how["tta"] else {}
     on_main_process(add_to_checkpoint, checkpoint["path"], threshold=value, tta=how["tta"], **of_views)
     origin = f"auto: best Dice on {describe(files) if held_out else 'training'} photographs"
-    same = {item.digest for item in files} & {item.digest for item in scored}
-    return Threshold(
-        value, f"{origin}, the ones that are scored: these scores are a little too high" if same else origin
-    )
+    chosen_on = {item.digest for item in files}
+    if same := sum(item.digest in chosen_on for item in scored):
+        which = "the ones" if same == len(scored) else f"{same} of the {len(scored)}"
+        origin += f", {which} that are scored: these scores are a little too high"
+    return Threshold(value, origin)
 
 
 def _files_for_threshold(checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[list[LabelledPhotograph], bool]:
@@ -331,5 +336,5 @@ def _files_for_threshold(checkpoint: Checkpoint, args: argparse.Namespace) -> tu
             "trained on or that was held out; give the data of that run, or a number"
         )
     val_split = checkpoint["args"].get("val_split", args.val_split) or 0
-    training, validated = Split(val_split).divide(args.data_path)
+    training, validated = Split(val_split).divide(args.data_path, test_needed=False)
     return (validated, True) if val_split else (training, False)
