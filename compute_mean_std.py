@@ -12,7 +12,7 @@ import numpy as np
 
 from my_dataset import read_field_of_view, working_diameter
 from src.colours import channel_statistics
-from src.dataset_files import LabelledPhotograph, training_photographs
+from src.dataset_files import LabelledPhotograph, require_different, training_photographs
 from src.field_of_view import field_of_view_diameter
 from src.photograph import read_photograph
 from src.segment import match_scale
@@ -49,6 +49,7 @@ def compute_mean_std(files: Iterable[LabelledPhotograph], diameter: float) -> tu
 
 def main(args: argparse.Namespace) -> None:
     files = [item for root in roots(args) for item in training_photographs(root)]
+    require_different(files)
     diameter = working_diameter(files)
     mean, std, shorter_side = compute_mean_std(files, diameter)
     print(f"mean: {mean}")

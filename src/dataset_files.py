@@ -47,6 +47,18 @@ class LabelledPhotograph:
         require_file(self.photograph)
         return _digest(self.photograph, self.photograph.stat().st_mtime_ns)
 
+    @property
+    def label_digest(self) -> str:
+        """The same of its label and, where it has one, its ROI mask.
+
+        Raises:
+            DatasetError: a file cannot be read.
+        """
+        files = [self.label, *([self.roi_mask] if self.roi_mask else [])]
+        for file in files:
+            require_file(file)
+        return "".join(_digest(file, file.stat().st_mtime_ns) for file in files)
+
 
 @cache
 def _digest(path: Path, modified: int) -> str:
@@ -357,7 +369,8 @@ def _describe_one(items: Sequence[LabelledPhotograph]) -> str:
     if items[0].part == "test":
         return "test"
     names = [item.number for item in items]
-    if len(set(names)) < len(items) or not all(name.isdigit() for name in names):
+    beside = [path.stem.split("_")[0] for path in images_in(items[0].photograph.parent)]  # those trained on too
+    if any(beside.count(name) > 1 or not name.isdigit() for name in names):
         names = [item.photograph.stem for item in items]
     return f"held-out training ({', '.join(names)})"
 

@@ -184,6 +184,13 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
+def test_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OutputError, match="fifo: cannot be written .it is a folder or a device.; choose another name"):
+        save_checkpoint({}, tmp_path / "fifo")
+    assert os.listdir(tmp_path) == ["fifo"] and not (tmp_path / "fifo").is_file()
+
+
 def test_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match=f"--output-dir .*file.*{os.strerror(errno.ENOTDIR)}"):

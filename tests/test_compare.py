@@ -7,9 +7,9 @@ from train_utils.command_line import run_script
 from train_utils.scoring import compare
 
 
-def write(path, **dices):
+def write(path, label="", **dices):
     rows = [
-        {"photograph": name, "digest": name}
+        {"photograph": name, "digest": name, "label_digest": label}
         | {"dice": dice, "sensitivity": dice / 2, "specificity": None, "cl_dice": dice}
         for name, dice in dices.items()
     ]
@@ -78,3 +78,6 @@ def test_sets_without_a_photograph_in_common(files, tmp_path, capsys):
     other = write(tmp_path / "other.json", x=0.5)
     with pytest.raises(compare.ScoresError, match="scores none of the photographs"):
         compare.report(files[0], [other])
+    relabelled = write(tmp_path / "relabelled.json", label="another observer's", p=0.8, q=0.7, r=0.9)
+    with pytest.raises(compare.ScoresError, match="by other labels"):
+        compare.report(files[0], [relabelled])

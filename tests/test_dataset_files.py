@@ -154,6 +154,10 @@ def test_descriptions(tmp_path):
     assert describe(validated) == "DRIVE: test; HRF: held-out training (eye_05)"
     assert describe(Split(2).divide(tmp_path)[1]) == "held-out training (eye_02, eye_03)"
     assert describe(Split(None).divide(tmp_path)[1]) == "test"
+    names = [f"{number}_{kind}" for number in range(1, 4) for kind in ("a", "b")]
+    for name in names:
+        touch(tmp_path / "pairs" / "images" / f"{name}.png", tmp_path / "pairs" / "labels" / f"{name}.png")
+    assert describe(Split(1).divide(tmp_path / "pairs")[1]) == "held-out training (3_b)"  # 3_a is trained on
 
 
 def test_masks_of_other_programs(tmp_path):

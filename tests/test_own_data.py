@@ -553,6 +553,44 @@ def test_no_photograph_counts_twice(shared_drive, own, working_directory, capsys
     assert "99_eye.PNG: is the same photograph as" in fails(capsys, "--data-path", "parted", "--epochs", 1)
 
 
+def test_the_output_does_not_lie_among_the_data(shared_drive, own, working_directory, capsys):
+    """What is drawn there would be taken for a photograph."""
+    shutil.copytree(own, "eyes")
+    before = sorted(Path("eyes").rglob("*"))
+    for folder in ("images", "labels", "masks"):
+        for flags in (("--epochs", 1), ("--test-only", "--masks", own / "labels"), ("--epochs", 1, "--train-on-all")):
+            message = fails(capsys, "--data-path", "eyes", "--output-dir", f"eyes/{folder}", *flags)
+            assert f"--output-dir eyes/{folder}: holds " in message
+    assert sorted(Path("eyes").rglob("*")) == before
+
+
+def test_changed_labels_are_seen(own, working_directory, capsys):
+    """A Dice by other labels is another Dice."""
+    for name in ("first", "second"):
+        shutil.copytree(own, f"{name}/eyes")
+    for path in Path("second/eyes/labels").glob("26*"):
+        with Image.open(path) as image:
+            image.rotate(180).save(path)
+    for path in Path("second/eyes/images").glob("25*"):
+        path.write_bytes(path.read_bytes() + bytes(1))
+    run("--data-path", "first/eyes", "--epochs", 1)
+    stored = torch.load("out/last_model.pth", weights_only=True)
+    torch.save(stored | {"best_dice": 0.99}, "out/last_model.pth")
+    capsys.readouterr()
+    last = run("--data-path", "second/eyes", "--epochs", 2, "--resume", "auto")
+    output = capsys.readouterr().out
+    assert "changed since the checkpoint: 1 of the training photographs are new\n" in output
+    assert "or their labels; the best epoch is chosen anew" in output and last["best_dice"] < 0.99
+    now, before = (record["data"] for record in records(Path("out")))
+    assert now["digest"] != before["digest"] and now["trained_on"] == before["trained_on"]
+
+
+def records(folder):
+    """What `run.json` tells of the last start, and of the one before."""
+    record = json.loads((folder / "run.json").read_text())
+    return record, record["earlier"][-1]
+
+
 def test_training_on_all(shared_drive, own, working_directory, capsys):
     flags = "--data-path", shared_drive, "--train-on-all"
     last = run(*flags, "--epochs", 2)

@@ -204,7 +204,7 @@ def test_the_best_epoch_is_chosen_anew_on_other_photographs(
     capsys.readouterr()
     run(shared_drive, "--epochs", epochs, "--val-split", 1, "--resume", "auto")
     output = capsys.readouterr().out
-    assert "the photographs that are held out; the best epoch is chosen anew, from epoch 0 on\n" in output
+    assert "held out, or their labels; the best epoch is chosen anew, from epoch 0 on\n" in output
     assert "not written by this run" not in output and "the weights are in ./save_weights" in output
     for _ in range(2):
         dice = load_checkpoint(best)["best_dice"]

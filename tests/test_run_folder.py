@@ -213,8 +213,16 @@ def test_what_is_told_of_a_run(shared_drive, working_directory):
 
 
 def digests(data):
-    photographs = sorted((data / "DRIVE" / "training" / "images").iterdir())
-    every = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in photographs]
+    """Of each photograph, with its label and its ROI mask."""
+
+    def digest(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+    folder = data / "DRIVE" / "training"
+    files = [sorted((folder / name).iterdir()) for name in ("images", "1st_manual", "mask")]
+    every = [
+        f"{digest(photograph)} {digest(label)}{digest(mask)}" for photograph, label, mask in zip(*files, strict=True)
+    ]
     return [sorted(every[:-2]), sorted(every[-2:])]
 
 

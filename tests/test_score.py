@@ -385,6 +385,17 @@ def test_the_threshold_is_stored_with_the_flips_it_was_chosen_with(shared_drive,
     assert again["tta"] is True
 
 
+def test_a_threshold_of_other_preparation_is_not_stored(shared_drive, weights, working_directory, capsys):
+    shutil.copy(weights, "my.pth")
+    before = Path("my.pth").read_bytes()
+    for flags in (("--fov-diameter", "50"), ("--normalization", "photograph"), ("--mean", "0.5", "0.4", "0.2")):
+        report = test_only(shared_drive, "my.pth", "--threshold", "auto", *flags)
+        assert report["threshold"]["source"].startswith("auto: ") and Path("my.pth").read_bytes() == before
+        assert "--threshold auto: not stored in my.pth" in capsys.readouterr().out
+    test_only(shared_drive, "my.pth", "--threshold", "auto", "--fov-diameter", "69")  # as the file says
+    assert "threshold" in load_checkpoint("my.pth")
+
+
 def test_scores_are_of_the_sizes_that_are_asked_for(shared_drive, weights, working_directory):
     shutil.copy(weights, "my.pth")
     flips = test_only(shared_drive, "my.pth", "--tta")

@@ -206,6 +206,12 @@ def test_out_of_memory_says_which_flags_to_lower(shared_drive, working_directory
     assert "name fewer or smaller photographs by --data-path" in fails(capsys, *flags)
 
 
+def test_a_closed_terminal(shared_drive, tmp_path):
+    command = [sys.executable, str(PROJECT / "train.py"), "--data-path", str(shared_drive), *SMALL_RUN, "--epochs", "1"]
+    done = subprocess.run(f"{shlex.join(command)} 1>&-", shell=True, cwd=tmp_path, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and done.stderr == b"" and (tmp_path / "save_weights" / "scores.json").exists()
+
+
 def test_weights_that_do_not_tell_what_they_know(drive, working_directory, capsys):
     """The tutorial trained on all training photographs; the official download has no labels of others."""
     save_as_the_tutorial("tutorial.pth", train.create_model(base_c=4))

@@ -158,6 +158,7 @@ def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namesp
     So does a path that no system can follow. Names of files that the terminal cannot show are printed escaped.
     """
     keep_freed_memory()
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # where it was closed
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

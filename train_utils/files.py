@@ -31,6 +31,8 @@ def replace_whole(path: str | Path) -> Iterator[BinaryIO]:
         OutputError: the file cannot be written (no such folder, no permission, disk full).
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: cannot be written (it is a folder or a device); choose another name")
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:

@@ -146,8 +146,9 @@ def _record_run(
 
 
 def _digest(*parts: Sequence[LabelledPhotograph]) -> str:
-    """One SHA-256 over the digests of photographs, whatever their order in each part."""
-    return hashlib.sha256(json.dumps([sorted(item.digest for item in part) for part in parts]).encode()).hexdigest()
+    """One SHA-256 over the digests of photographs and their labels, whatever their order in each part."""
+    digests = [sorted(f"{item.digest} {item.label_digest}" for item in part) for part in parts]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def _earlier(path: Path) -> list[Any]:

@@ -77,6 +77,7 @@ class TrainingState:
         self.selected_on = describe(validated_on)  # the photographs that the best epoch is chosen on, in words
         self.trained_on = [item.digest for item in trained_on]
         self.validated_on = [item.digest for item in validated_on]
+        self.validated_labels = [item.label_digest for item in validated_on]
         self._held_out = validated_on
         self.trained_scale = trained_scale  # that the training photographs were resized by, in the median
         self.close_ups = close_ups  # whether most of them show no border of the field of view
@@ -89,6 +90,7 @@ class TrainingState:
         self.epoch = args.start_epoch
         self.best_dice: float | None = -1.0  # the first epoch is always an improvement
         self.compared_from = 0  # the first epoch whose Dice is on these photographs to validate on
+        self.new_photographs = 0  # how many of those trained on a checkpoint does not know
         self.other_photographs = False  # whether a checkpoint's Dice is on others
         self.results = ResultsFiles()
         self.saved_in: str | None = None  # the file that holds the state before the epoch to come
@@ -144,6 +146,7 @@ class TrainingState:
             "selected_on": self.selected_on,
             "trained_on": self.trained_on,
             "validated_on": self.validated_on,
+            "validated_labels": self.validated_labels,
             "compared_from": self.compared_from,
             "results": self.results.stem,
             "history": self.results.rows,
@@ -206,13 +209,14 @@ class TrainingState:
         self.trained_on += [digest for digest in before if digest not in self.trained_on]
 
     def _take_over_photographs(self, checkpoint: Checkpoint) -> None:
+        self.new_photographs = len(set(self.trained_on) - set(checkpoint.get("trained_on", self.trained_on)))
         self._count_as_trained_on(checkpoint)
-        # A Dice on other photographs cannot be compared with those of the next epochs.
+        # A Dice on other photographs or labels cannot be compared with those of the next epochs.
         self.other_photographs = (
             sorted(checkpoint["validated_on"]) != sorted(self.validated_on)
             if "validated_on" in checkpoint
             else checkpoint.get("selected_on", self.selected_on) != self.selected_on
-        )
+        ) or sorted(checkpoint.get("validated_labels", self.validated_labels)) != sorted(self.validated_labels)
         self.compared_from = self.epoch if self.other_photographs else checkpoint.get("compared_from", 0)
         self.best_dice = None if self.other_photographs else checkpoint.get("best_dice")
 
@@ -248,10 +252,12 @@ class TrainingState:
             for name, value in vars(self.args).items()
             if name not in UNREPORTED and name in before and before[name] != value
         ]
+        if self.new_photographs and is_main_process():
+            print(f"changed since the checkpoint: {self.new_photographs} of the training photographs are new")
         if self.other_photographs and is_main_process():
             print(
-                "changed since the checkpoint: the photographs that are held out; the best epoch is chosen anew, from "
-                f"epoch {self.epoch - 1} on"
+                "changed since the checkpoint: the photographs that are held out, or their labels; the best epoch is "
+                f"chosen anew, from epoch {self.epoch - 1} on"
             )
         if changed and is_main_process():
             print(

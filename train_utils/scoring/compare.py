@@ -3,7 +3,8 @@
     python -m train_utils.scoring.compare a/*/scores.json                       # mean and deviation of each score
     python -m train_utils.scoring.compare a/*/scores.json --against b/*/scores.json   # and the paired differences
 
-A photograph that several files score (other seeds, other runs) counts once, with the mean of its scores.
+A photograph that several files score by the same label (other seeds, other runs) counts once, with the mean of its
+scores.
 """
 
 import argparse
@@ -19,8 +20,8 @@ from ..command_line import Parser, run_script
 
 COMPARED = {"dice": "Dice", "sensitivity": "sensitivity", "specificity": "specificity", "cl_dice": "clDice"}
 
-# A score by the photograph's digest, one value of each file.
-Scores = dict[str, list[float]]
+# A score by the digests of the photograph and of its label, one value of each file.
+Scores = dict[tuple[str, str], list[float]]
 
 
 class ScoresError(UserError):
@@ -39,12 +40,12 @@ def read_scores(paths: Iterable[str | Path], score: str) -> Scores:
             rows = json.loads(Path(path).read_text())["each_photograph"]
             for row in rows:
                 if row[score] is not None:
-                    values.setdefault(row["digest"], []).append(float(row[score]))
+                    values.setdefault((row["digest"], row["label_digest"]), []).append(float(row[score]))
         except OSError as error:
             raise ScoresError(f"{path}: cannot be read ({error.strerror or error}); give files scores.json") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ScoresError(
-                f"{path}: holds no scores of photographs; give a scores.json that train.py --test-only wrote"
+                f"{path}: holds no scores of photographs and labels; let train.py --test-only write it anew"
             ) from error
     return values
 
@@ -85,7 +86,9 @@ def report(files: Sequence[str], against: Sequence[str]) -> str:
             both = {key: values for key, values in scores.items() if key in others}
             differences = paired(both, others)
             if not differences:
-                raise ScoresError(f"--against {against[0]}: scores none of the photographs of {files[0]}")
+                raise ScoresError(
+                    f"--against {against[0]}: scores none of the photographs of {files[0]}, or by other labels"
+                )
             count = len(differences)
             error = f"{statistics.stdev(differences) / math.sqrt(count):.4f}" if count > 1 else "-"
             better = sum(difference > 0 for difference in differences)

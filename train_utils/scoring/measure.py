@@ -61,6 +61,7 @@ class PhotographScore:
     data_set: str
     part: str  # of the data set: "training", "test" or "all"
     digest: str  # of the photograph's file
+    label_digest: str  # of its label and ROI mask
     model: Segmentation
     second_observer: Segmentation | None
 
@@ -212,6 +213,7 @@ def _add(
         names[item.root],
         item.part,
         item.digest,
+        item.label_digest,
         _compare(prediction, truth, inside),
         None if second is None else _compare(torch.from_numpy(second).to(inside.device) & inside, truth, inside),
     )

@@ -263,14 +263,15 @@ def write_report(report: dict[str, Any], measurement: Measurement, folder: Path)
 
 
 def photograph_rows(measurement: Measurement) -> list[dict[str, Any]]:
-    """A flat row for each photograph; its digest tells it from others of the same name.
+    """A flat row for each photograph; the digests tell it and its label from others of the same name.
 
     Empty cells are undefined scores, or photographs without a second observer.
     """
     rows = []
     present = [name for name in OBSERVERS if any(getattr(score, name) for score in measurement.photographs)]
     for score in measurement.photographs:
-        row: dict[str, Any] = {"photograph": score.name, "data_set": score.data_set, "digest": score.digest}
+        digests = {"digest": score.digest, "label_digest": score.label_digest}
+        row: dict[str, Any] = {"photograph": score.name, "data_set": score.data_set} | digests
         for observer in present:
             segmentation = getattr(score, observer)
             prefix = "" if observer == "model" else f"{observer}_"

@@ -1,6 +1,7 @@
 """Weights, or masks of any program, -> their scores: what is scored, which threshold holds, what is written."""
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,15 +92,17 @@ def score_weights(path: str | Path, device: torch.device, args: argparse.Namespa
     checkpoint = on_main_process(_load_without_training_state, path)
     if (channels := checkpoint["model_args"].get("in_channels", 3)) != 3:
         raise CheckpointError(f"{path}: a model of {channels} input channels; photographs have 3: give other weights")
+    preparation = _preparation(checkpoint)
     if args.test_only:
         settle_normalization(args, checkpoint)
         checkpoint["fov_diameter"] = args.fov_diameter or checkpoint["fov_diameter"]
+    as_stored = preparation == _preparation(checkpoint)
     files = _files_to_score(args, checkpoint)
     how = _how_to_measure(checkpoint, args)
     smaller = "use --device cpu" if device.type != "cpu" else "name fewer or smaller photographs by --data-path"
     with explain_out_of_memory(smaller):
         model = build_model(checkpoint, device)
-        threshold = _settle_threshold(model, checkpoint, device, args, how, files)
+        threshold = _settle_threshold(model, checkpoint, device, args, how, files, to_be_stored=as_stored)
         photographs = _open(files, model, checkpoint, how)
         _report_faults(photographs)
         measurement = measure(model, photographs, device, threshold.value, **how)
@@ -138,6 +141,7 @@ def check_what_is_scored(
     Raises:
         DatasetError: a file cannot be used, or nothing is left to score.
     """
+    _require_other_folder([*trained_on, *validated_on], args)
     if args.train_on_all:
         return
     before = load_checkpoint(args.init_weights) if args.init_weights and checkpoint is None else checkpoint or {}
@@ -245,6 +249,11 @@ def _load_without_training_state(path: str | Path) -> Checkpoint:
     return {name: value for name, value in load_checkpoint(path).items() if name not in training_state}
 
 
+def _preparation(checkpoint: Checkpoint) -> tuple[Any, ...]:
+    """What predictions with these weights prepare photographs by."""
+    return tuple(checkpoint.get(name) for name in ("mean", "std", "normalization", "fov_diameter"))
+
+
 def _how_to_measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
     """The keywords of `measure`: by the flags, else as the checkpoint says.
 
@@ -289,7 +298,22 @@ def _files_to_score(args: argparse.Namespace, checkpoint: Checkpoint | None = No
             f"--data-path {' '.join(roots(args))}: these weights were trained on all {len(files)} labelled photographs "
             "there, so nothing can be scored; give others, or labels of the test photographs"
         )
+    _require_other_folder(left, args)
     return left
+
+
+def _require_other_folder(files: Sequence[LabelledPhotograph], args: argparse.Namespace) -> None:
+    """Raise where what is drawn would lie among the photographs or labels, and be taken for one of them.
+
+    Raises:
+        UsageError: it would.
+    """
+    for item in files:
+        for file in (item.photograph, item.label, item.roi_mask, item.second_observer):
+            if file is not None and os.path.realpath(file.parent) == os.path.realpath(args.output_dir):
+                raise UsageError(
+                    f"--output-dir {args.output_dir}: holds {file.name} of the data; choose another folder"
+                )
 
 
 def _settle_threshold(
@@ -299,8 +323,9 @@ def _settle_threshold(
     args: argparse.Namespace,
     how: Mapping[str, Any],
     scored: Sequence[LabelledPhotograph],
+    to_be_stored: bool,
 ) -> Threshold:
-    """The threshold that the flag gives; or with "auto" the best one, which is then stored in the file of weights.
+    """The threshold that the flag gives; or with "auto" the best one, which may be stored in the file of weights.
 
     It is chosen on the photographs that the weights' own run held out; where it held out none, on those it trained on.
     Where those held out are `scored` too, as without labels of test photographs, its origin says so.
@@ -315,7 +340,10 @@ def _settle_threshold(
     value = best_threshold(model, _open(files, model, checkpoint, how), device, **how)
     # The threshold holds with these views alone.
     of_views = {"tta_scales": list(how["scales"])} if how["tta"] else {}
-    on_main_process(add_to_checkpoint, checkpoint["path"], threshold=value, tta=how["tta"], **of_views)
+    if to_be_stored:
+        on_main_process(add_to_checkpoint, checkpoint["path"], threshold=value, tta=how["tta"], **of_views)
+    elif is_main_process():
+        print(f"--threshold auto: not stored in {checkpoint['path']}, whose photographs are prepared in another way")
     origin = f"auto: best Dice on {describe(files) if held_out else 'training'} photographs"
     chosen_on = {item.digest for item in files}
     if same := sum(item.digest in chosen_on for item in scored):
