@@ -34,7 +34,7 @@ from train_utils.command_line import (
     select_device,
 )
 from train_utils.export import export_onnx
-from train_utils.files import make_output_folder
+from train_utils.files import make_output_folder, remove
 from train_utils.in_order import in_order
 from train_utils.memory import memory_for
 from train_utils.mixed_precision import add_amp_flags, amp_dtype, settle_amp
@@ -123,18 +123,20 @@ def segment_all(
     settings = digest(Path(args.weights), describe_settings(args).encode())
     jobs = [(path, mask, rows.former(mask)) for path, mask in zip(photographs, masks, strict=True)]
     done: list[Outcome] = []
-    started, new = time.perf_counter(), 0
+    started, new, replaced = time.perf_counter(), 0, False
     threads = torch.get_num_threads()
 
     def work(job: tuple[Path, Path, Row | None]) -> Outcome:
-        return work_on(*job, segmenter, settings, args, threads, brief=len(jobs) > 1, has_table=rows.path is not None)
+        return work_on(*job, segmenter, settings, args, threads, brief=len(jobs) > 1)
 
     def tell_of_stop() -> None:
         print("stopping as soon as the photographs that were begun are done", flush=True)
 
     try:
         with closing(in_order(work, jobs, AT_ONCE, on_interrupt=tell_of_stop)) as outcomes:
-            for outcome in outcomes:
+            for (_, _, former), outcome in zip(jobs, outcomes, strict=True):
+                changed = former is not None and any(former[name] != outcome.row[name] for name in DIGESTS)
+                replaced |= changed and not outcome.error
                 done.append(outcome)
                 rows.add(outcome.row)
                 new += not outcome.kept
@@ -152,6 +154,9 @@ def segment_all(
             failures = {one.path: one.error for one in done if one.error}
             path = masks[0].parent / REPORT
             write_report(path, ("file", *FACTS), told, failures, dict(zip(photographs, masks, strict=True)))
+        elif replaced and (page := masks[0].parent / REPORT).exists():
+            remove(page)
+            print(f"{page}: removed, as it showed other masks; --report writes it anew")
     return done
 
 
@@ -163,9 +168,7 @@ def work_on(
     settings: str,
     args: argparse.Namespace,
     threads: int,
-    *,
     brief: bool,
-    has_table: bool,
 ) -> Outcome:
     """Segment a photograph and write its pictures, unless an earlier run did just that.
 
@@ -176,11 +179,10 @@ def work_on(
         threads: of torch, for all photographs that are worked on at once.
         brief: there are other photographs, and the line is for a terminal of 80 columns, with what to look at; the
             table has the rest.
-        has_table: a table tells of the masks in the folder.
     """
     started = time.perf_counter()
-    # A relative path would name another photograph in another working directory.
-    row = dict.fromkeys(COLUMNS, "") | {"file": escaped(Path(os.path.abspath(path)))}
+    # By a relative path, or one of links, the same name would be another photograph elsewhere, or another the same.
+    row = dict.fromkeys(COLUMNS, "") | {"file": escaped(Path(os.path.realpath(path.parent), path.name))}
     try:
         row |= digests(path, settings, args)
         same = former is not None and all(former[name] == row[name] for name in DIGESTS)
@@ -198,8 +200,8 @@ def work_on(
             prediction = predict(path, segmenter, args)
             with memory_for(path):
                 write_pictures(prediction, mask, args)
-        if has_table and not same:
-            remove_other_pictures(mask, args, replaced=former is not None)
+        if former and not same:
+            remove_other_pictures(mask, args)  # of the mask before
         row |= facts(prediction, time.perf_counter() - started) | {"mask": escaped(Path(mask.name))}
         of_others = former and former["settings_digest"] != row["settings_digest"]
         replaced = " (in place of the one with other weights or flags)" if of_others else ""

@@ -24,7 +24,8 @@ def read_binary_mask(path: str | Path) -> np.ndarray:
     grey = np.array(to_rgb(load_image(path)).convert("L"))
     if grey.max() <= 1:
         return grey == 1
-    if (grey == 1).any() and not ((grey > 1) & (grey < 255)).any():
+    ones, zeros = (grey == 1).mean(), (grey == 0).any()
+    if ones > LARGEST_SMEAR and zeros and not ((grey > 1) & (grey < 255)).any():
         raise DatasetError(
             f"{path}: holds the values {_list(np.unique(grey))}, where 1 may be white and 255 unknown; save it again "
             "with 0 and 255 alone"

@@ -157,8 +157,9 @@ def _open(path: str | Path) -> Iterator[Image.Image]:
 
 def _has_deep_planes(image: Image.Image) -> bool:
     """Whether a TIFF has a plane for each colour, not compressed, whose numbers Pillow takes for those of 8 bits."""
-    planes = any(codec == "raw" and how[0] in ("R", "G", "B") for codec, _, _, how in image.tile)
-    return planes and max(image.tag_v2[TiffImagePlugin.BITSPERSAMPLE]) > 8
+    tags = image.tag_v2
+    in_planes = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and any(tile[0] == "raw" for tile in image.tile)
+    return in_planes and max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8
 
 
 def _pages(path: str | Path) -> list[int]:

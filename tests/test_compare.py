@@ -58,6 +58,7 @@ def test_sets_that_overlap_in_part(files, tmp_path, capsys):
 
 
 def test_undefined_scores_are_left_out(files, capsys):
+    assert run(capsys, *files[0], "--against", *files[1])[3].endswith("over all scores -")
     assert run(capsys, *files[0])[3].split(maxsplit=1) == ["specificity", "over photographs -, over all scores -"]
 
 

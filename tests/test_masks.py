@@ -60,6 +60,10 @@ def test_white_may_be_1_or_255(tmp_path):
         with pytest.raises(DatasetError, match="label.png: holds the values 0, 1, 255, where 1 may be white and 255 "):
             read(path)
     assert np.array_equal(read_classes(path, 2), levels)
+    stray = np.where(VESSELS, 255, 0).astype(np.uint8)
+    stray[:2, :5] = 1
+    assert np.array_equal(read_binary_mask(save(stray, tmp_path / "stray.png")), VESSELS)
+    assert np.array_equal(read_binary_mask(save(np.maximum(stray, 1), tmp_path / "dark.png")), VESSELS)
 
 
 def test_smear_of_jpeg(tmp_path):

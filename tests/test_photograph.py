@@ -232,14 +232,15 @@ def save_pages(path, *pages):
 
 
 def write_planes(path, planes):
-    """An uncompressed TIFF of channels [3, H, W], each in a plane of its own."""
-    height, width = planes.shape[1:]
+    """An uncompressed TIFF of channels [3 or 4, H, W], of RGB or CMYK, each in a plane of its own."""
+    count, height, width = planes.shape
     bits, data = 8 * planes.itemsize, planes.astype(planes.dtype.newbyteorder("<")).tobytes()
-    starts = [8 + channel * len(data) // 3 for channel in range(3)]
+    starts = [8 + channel * len(data) // count for channel in range(count)]
     lists, entries, values = 8 + len(data), [], b""
     for tag, kind, numbers in (
-        *((256, 4, [width]), (257, 4, [height]), (258, 3, [bits] * 3), (259, 3, [1]), (262, 3, [2])),
-        *((273, 4, starts), (277, 3, [3]), (278, 4, [height]), (279, 4, [len(data) // 3] * 3), (284, 3, [2])),
+        *((256, 4, [width]), (257, 4, [height]), (258, 3, [bits] * count), (259, 3, [1])),
+        *((262, 3, [2 if count == 3 else 5]), (273, 4, starts), (277, 3, [count]), (278, 4, [height])),
+        *((279, 4, [len(data) // count] * count), (284, 3, [2])),
     ):
         value = struct.pack(f"<{len(numbers)}{'H' if kind == 3 else 'I'}", *numbers)
         if len(value) > 4:
@@ -254,8 +255,10 @@ def test_a_tiff_of_one_plane_for_each_colour(tmp_path):
     write_planes(tmp_path / "8.tif", planes)
     assert np.array_equal(read_photograph(tmp_path / "8.tif"), picture())
     write_planes(tmp_path / "16.tif", planes.astype(np.uint16) * 257)
-    with pytest.raises(PhotographError, match="16.tif: has more than 8 bits a channel in separate planes, which"):
-        read_photograph(tmp_path / "16.tif")
+    write_planes(tmp_path / "cmyk16.tif", planes[[0, 1, 2, 0]].astype(np.uint16) * 257)
+    for name in ("16.tif", "cmyk16.tif"):
+        with pytest.raises(PhotographError, match=f"{name}: has more than 8 bits a channel in separate planes, which"):
+            read_photograph(tmp_path / name)
 
 
 def test_of_a_tiff_the_largest_page_is_read(tmp_path):

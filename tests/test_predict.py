@@ -485,6 +485,7 @@ def test_pictures_of_a_mask_that_was_replaced_go(segmented, capsys):
     capsys.readouterr()
     assert kept(capsys, *flags) == [1, 2, 3, 4] and len(files(out)) == 4 * 3 + 3
     run(*flags, "--threshold", "0.7", "--save-prob")
+    assert f"{out / 'predictions.html'}: removed, as it showed other masks" in capsys.readouterr().out
     assert files(out) == sorted(
         [f"0{number}_{kind}.png" for number in (1, 2, 3, 4) for kind in ("vessels", "probability")]
         + ["predictions.csv", "predictions_thumbnails"]
@@ -588,26 +589,40 @@ def test_a_killed_run_goes_on(segmented, capsys):
     assert len(table(out)) == 4
 
 
-def test_pictures_that_a_killed_run_left_go(segmented, capsys):
-    """They show another mask than the one beside them."""
+def test_pictures_that_no_row_tells_of_stay(segmented, photographs):
+    """They may be somebody's own."""
     flags, out = segmented
-    run(*flags, "--overlay", "--save-prob")
-    path = out / "predictions.csv"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:4]))
-    run(*flags, "--threshold", "0.7")
-    assert files(out) == [*(f"0{number}_vessels.png" for number in (1, 2, 3, 4)), "predictions.csv"]
+    (photographs / "01.png").rename(photographs / "new.png")
+    (out / "new_overlay.png").write_bytes(b"somebody's")
+    run(*flags)
+    assert (out / "new_overlay.png").read_bytes() == b"somebody's"
 
 
-def test_pictures_that_no_flag_asks_for_stay_too(tmp_path, weights, photographs, capsys):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "02_overlay.png").write_bytes(b"somebody's")
-    flags = "--weights", weights, "--image", photographs, "--output", out
-    assert "02_overlay.png is there, and no predictions.csv" in fails(capsys, *flags)
-    assert files(out) == ["02_overlay.png"]
-    run(*flags, "--overwrite")
-    assert "02_overlay.png" not in files(out)
+def test_a_photograph_in_the_place_of_a_thumbnail_is_no_output(segmented, photographs, capsys):
+    flags, out = segmented
+    thumbnail = out / "predictions_thumbnails" / "01_plain.jpg"
+    thumbnail.parent.mkdir()
+    shutil.copy(photographs / "02.png", thumbnail)
+    assert "would overwrite the input" in fails(capsys, *flags[:4], thumbnail, *flags[4:], "--threshold", "0.7")
+    assert thumbnail.exists()
+
+
+def test_a_table_of_relative_paths_goes_on(tmp_path, weights, photographs, monkeypatch, capsys):
+    """As earlier versions wrote it."""
+    monkeypatch.chdir(tmp_path)
+    flags = ("--weights", weights, "--image", "photographs", "--output", "out")
+    whole = (photographs / "04.png").read_bytes()
+    (photographs / "04.png").write_bytes(b"no picture")
+    fails_of_many(capsys, *flags)
+    path = tmp_path / "out" / "predictions.csv"
+    path.write_text(path.read_text().replace(f"{tmp_path}/", ""))
+    assert {row["file"] for row in table(tmp_path / "out")} == {f"photographs/0{number}.png" for number in range(1, 5)}
+    (photographs / "04.png").write_bytes(whole)
+    Image.open(photographs / "01.png").rotate(90).save(photographs / "02.png")
+    assert kept(capsys, *flags) == [1, 3]
+    assert [row["file"] for row in table(tmp_path / "out")] == [
+        str(photographs / f"0{number}.png") for number in (1, 2, 3, 4)
+    ]
 
 
 def test_rows_are_there_as_soon_as_their_masks(tmp_path, weights, photographs, monkeypatch):

@@ -218,6 +218,8 @@ def test_weights_that_do_not_tell_what_they_know(drive, working_directory, capsy
     said = "tutorial.pth does not tell which photographs it was trained on"
     run(drive, "--test-only", "--resume", "tutorial.pth", "--output-dir", "scores")
     assert said not in capsys.readouterr().out  # the test photographs are scored
+    run(drive, "--test-only", "--resume", "tutorial.pth", "--output-dir", "scores", "--fold", "1/3")
+    assert said in capsys.readouterr().out
     shutil.rmtree(drive / "DRIVE" / "test" / "1st_manual")
     run(drive, "--epochs", "9", "--resume", "tutorial.pth", "--output-dir", "on")
     assert said in capsys.readouterr().out

@@ -31,7 +31,7 @@ def replace_whole(path: str | Path) -> Iterator[BinaryIO]:
         OutputError: the file cannot be written (no such folder, no permission, disk full).
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise OutputError(f"{path}: cannot be written (it is a folder or a device); choose another name")
     partial = path.with_name(f".{path.name}.partial")
     try:

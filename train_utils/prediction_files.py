@@ -110,11 +110,9 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
     masks = [output] if looks_like_a_file else [output / f"{name}_vessels.png" for name in output_names(photographs)]
 
     inputs = (*photographs, args.weights, *_roi_masks(Path(args.roi_mask or "auto")))
-    written = [path for mask in masks for path in (mask, beside(mask, "probability"), beside(mask, "overlay"))]
-    if args.report:
-        written += [output / REPORT, *(path for mask in masks for path in thumbnail_paths(mask))]
+    written = [path for mask in masks for path in _all_pictures(mask)]  # or removed
     if not looks_like_a_file:
-        written.append(output / TABLE)
+        written += [output / TABLE, output / REPORT]
     require_no_input(written, inputs, f"--output {output}")
     if looks_like_a_file:
         if _is_mask(output) is False:
@@ -129,7 +127,7 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
             "photographs; choose another folder"
         )
     if not args.overwrite and not os.path.exists(output / TABLE):
-        pictures = [path for mask in masks for path in _all_pictures(mask)]
+        pictures = [path for mask in masks for path in picture_paths(mask, args)]
         _require_nothing_there(pictures, f"--output {output}", TABLE)
     return output / TABLE, masks
 
@@ -203,19 +201,14 @@ def _all_pictures(mask: Path) -> list[Path]:
     return [mask, *(beside(mask, kind) for kind in KINDS if kind != "vessels"), *thumbnail_paths(mask)]
 
 
-def remove_other_pictures(mask: Path, args: argparse.Namespace, *, replaced: bool) -> None:
+def remove_other_pictures(mask: Path, args: argparse.Namespace) -> None:
     """Remove the pictures of a mask that `write_pictures` does not write: they would show an earlier one.
-
-    Args:
-        replaced: the mask is in place of another one. Then the page of --report goes too, unless it will be rewritten.
 
     Raises:
         OutputError: one cannot be removed.
     """
     for path in set(_all_pictures(mask)) - set(picture_paths(mask, args)):
         remove(path)
-    if replaced and not args.report:
-        remove(mask.parent / REPORT)
 
 
 def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace) -> None:

@@ -116,7 +116,13 @@ def _read(path: Path) -> list[Row]:
         raise UsageError(f"--output {path.parent}: {path.name} there is damaged ({error}); move it away") from error
     if text and (header[:1] != ["file"] or not set(header) <= set(COLUMNS)):
         raise UsageError(f"--output {path.parent}: {path.name} there is not of predict.py; choose another folder")
-    return [row for row in rows if None not in row and None not in row.values()]
+    # An earlier version wrote paths as they were given, most often in this working directory.
+    here = escaped(Path.cwd())
+    return [
+        row | {"file": os.path.normpath(os.path.join(here, row["file"]))}
+        for row in rows
+        if None not in row and None not in row.values()
+    ]
 
 
 def escaped(path: Path) -> str:

@@ -85,10 +85,13 @@ def report(files: Sequence[str], against: Sequence[str]) -> str:
             others = read_scores(against, score)
             both = {key: values for key, values in scores.items() if key in others}
             differences = paired(both, others)
-            if not differences:
+            if not differences and score == "dice":  # the others may be undefined
                 raise ScoresError(
                     f"--against {against[0]}: scores none of the photographs of {files[0]}, or by other labels"
                 )
+            if not differences:
+                lines.append(f"{line}   against -")
+                continue
             count = len(differences)
             error = f"{statistics.stdev(differences) / math.sqrt(count):.4f}" if count > 1 else "-"
             better = sum(difference > 0 for difference in differences)

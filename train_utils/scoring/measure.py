@@ -9,13 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from my_dataset import BACKGROUND, OUTSIDE, DriveDataset, require_size
 from src.dataset_files import root_names
+from src.errors import DatasetError
 from src.inference import for_inference
-from src.masks import read_binary_mask
+from src.masks import read_binary_mask, read_classes
 from src.segment import (
     ONE_SIZE,
     at_size,
@@ -128,7 +130,7 @@ def measure(
     model: nn.Module,
     dataset: DriveDataset,
     device: torch.device,
-    threshold: float,
+    threshold: float | None,
     *,
     tta: bool = False,
     scales: Sequence[float] = ONE_SIZE,
@@ -168,8 +170,10 @@ def measure(
     return measurement
 
 
-def measure_masks(masks: Sequence[Path], dataset: DriveDataset) -> Measurement:
+def measure_masks(masks: Sequence[Path], dataset: DriveDataset, num_classes: int = 1) -> Measurement:
     """Score files of predicted vessels, one for each photograph of a dataset, shared between the processes.
+
+    With more `num_classes` (without the background) they may hold the numbers of these, too.
 
     Raises:
         DatasetError: a mask cannot be read, or has another size than its photograph.
@@ -178,7 +182,7 @@ def measure_masks(masks: Sequence[Path], dataset: DriveDataset) -> Measurement:
     names = root_names(dataset.files)
     for index in range(get_rank(), len(masks), get_world_size()):
         path = masks[index]
-        vessels = read_binary_mask(path)
+        vessels = _read_vessels(path, num_classes)
         require_size(path, vessels, dataset.img_list[index], dataset.labels[index].shape)
         predicted = torch.from_numpy(vessels)
         label = _vessels(torch.from_numpy(dataset.labels[index]))
@@ -189,6 +193,15 @@ def measure_masks(masks: Sequence[Path], dataset: DriveDataset) -> Measurement:
         _add(measurement, dataset, index, names, predicted & inside, truth, inside)
     measurement.reduce_from_all_processes()
     return measurement
+
+
+def _read_vessels(path: Path, num_classes: int) -> np.ndarray:
+    try:
+        return read_binary_mask(path)
+    except DatasetError:
+        if num_classes == 1:
+            raise
+        return read_classes(path, num_classes) > 0
 
 
 def _vessels(classes: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ OBSERVERS = ("model", "second_observer")
 class Threshold:
     """The probability above which a pixel is a vessel, and where that number comes from."""
 
-    value: float
+    value: float | None  # None: of more than two classes, none is used
     source: str
 
 
@@ -188,7 +188,7 @@ def format_report(report: dict[str, Any], measurement: Measurement) -> str:
     ]
     if report["threshold"] is not None:
         lines.append(f"selected on: {report['selected_on']}")
-        lines.append(f"threshold: {report['threshold']['value']:.4g} ({report['threshold']['source']}){_views(report)}")
+        lines.append(f"threshold: {_threshold(report)}{_views(report)}")
     for region, heading in REGIONS.items():
         observers = {name: scores for name, scores in report[region].items() if scores}
         labels = {name: name.replace("_", " ") for name in observers}
@@ -212,6 +212,11 @@ def format_report(report: dict[str, Any], measurement: Measurement) -> str:
     lines += ["", "As the tutorial scores (inside the field of view, the most probable class):"]
     lines += [str(measurement.confusion_matrix), f"dice coefficient: {measurement.dice.value.item():.3f}"]
     return "\n".join(lines)
+
+
+def _threshold(report: Mapping[str, Any]) -> str:
+    value, source = report["threshold"]["value"], report["threshold"]["source"]
+    return f"{'none' if value is None else format(value, '.4g')} ({source})"
 
 
 def _views(report: Mapping[str, Any]) -> str:
@@ -256,9 +261,9 @@ def write_report(report: dict[str, Any], measurement: Measurement, folder: Path)
     rows = report["each_photograph"]
     write_csv(folder / "scores.csv", rows[0], rows)
     heading = report["weights"]
-    if threshold := report["threshold"]:
+    if report["threshold"]:
         heading += f", selected on: {report['selected_on']}, "
-        heading += f"threshold: {threshold['value']:.4g} ({threshold['source']})"
+        heading += f"threshold: {_threshold(report)}"
     write_png(contact_sheet(measurement.worst, len(rows), heading), folder / "scores.png")
 
 

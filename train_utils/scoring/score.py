@@ -122,7 +122,7 @@ def score_masks(folder: str | Path, args: argparse.Namespace) -> None:
     masks = match_masks([item.photograph for item in files], folder)
     photographs = DriveDataset.of(files, num_classes=args.num_classes)
     _report_faults(photographs)
-    _report(measure_masks(masks, photographs), Origin(f"masks in {folder}"), args)
+    _report(measure_masks(masks, photographs, args.num_classes), Origin(f"masks in {folder}"), args)
 
 
 def check_what_is_scored(
@@ -287,10 +287,11 @@ def _files_to_score(args: argparse.Namespace, checkpoint: Checkpoint | None = No
         photographs = photographs_to_score(root)
         if checkpoint is not None and "trained_on" not in checkpoint and photographs[0].part == "training":
             # The run did not record its photographs. It was an earlier version's, or the tutorial's, on DRIVE.
-            warn_of_unknown_training(checkpoint)
             photographs = Split(checkpoint["args"].get("val_split") or None).divide(root)[1]
         files += photographs
     require_different(files)
+    if checkpoint is not None and any(item.part == "training" for item in files):
+        warn_of_unknown_training(checkpoint)
     trained_on = set(checkpoint.get("trained_on", ())) if checkpoint else set()
     left = [item for item in files if item.digest not in trained_on]
     if not left:
@@ -333,7 +334,7 @@ def _settle_threshold(
     classes = model.model_args["num_classes"]
     require_two_classes_for_threshold(classes, args.threshold)
     if classes > 2:
-        return Threshold(args.threshold, "not used: the most probable class counts, all but 0 are vessels")
+        return Threshold(None, "the most probable class counts; every class but 0 is a vessel")
     if args.threshold != "auto":
         return Threshold(args.threshold, "--threshold")
     files, held_out = _files_for_threshold(checkpoint, args)
