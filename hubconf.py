@@ -1,7 +1,12 @@
 """Entry points of `torch.hub`: `torch.hub.load(FOLDER_OR_REPOSITORY, "unet_fundus", source="local")`."""
 
+import importlib.util
 import sys
+import uuid
+from pathlib import Path
 from typing import Any
+
+FOLDER = Path(__file__).parent
 
 dependencies = ["torch", "torchvision", "numpy", "PIL"]
 
@@ -9,8 +14,8 @@ dependencies = ["torch", "torchvision", "numpy", "PIL"]
 def unet_fundus(pretrained: bool = True, device: str = "cpu") -> Any:
     """The U-Net with the weights of `pretrained`, as a `src.Segmenter`: call it with a photograph.
 
-    The package `src` of this project is imported beside any `src` of the caller's, which stays as it is. For this
-    reason the segmenter cannot be pickled; `torch.save` its `model.state_dict()`.
+    The package `src` of this project is imported by another name, so that any `src` of the caller's stays as it is. For
+    this reason no other process can unpickle the segmenter; `torch.save` its `model.state_dict()`.
 
     Raises:
         ValueError: `pretrained` is not true: an untrained model segments nothing. `src.create_model` makes one.
@@ -21,14 +26,9 @@ def unet_fundus(pretrained: bool = True, device: str = "cpu") -> Any:
 
 
 def _import_src() -> Any:
-    def take_out() -> dict[str, Any]:
-        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "src"}
-
-    theirs = take_out()
-    try:
-        import src  # torch.hub puts this folder first while it loads an entry point
-
-        return src
-    finally:
-        take_out()
-        sys.modules.update(theirs)
+    # A name of its own for each call, so that several threads may load at once.
+    spec = importlib.util.spec_from_file_location(f"unet_fundus_{uuid.uuid4().hex}", FOLDER / "src" / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -59,7 +59,8 @@ def test_onnx_runtime_agrees_at_any_size(tmp_path, capsys, arch, model_args):
     runtime = pytest.importorskip("onnxruntime")
     model = varied_model(arch, **model_args)
     save_checkpoint(
-        {"model": model.state_dict(), "model_args": model.model_args, "mean": [0.5] * 3, "std": [0.1, 0.2, 0.3]},
+        {"model": model.state_dict(), "model_args": model.model_args, "mean": [0.5] * 3, "std": [0.1, 0.2, 0.3]}
+        | {"fov_diameter": 300.0, "tta": True, "tta_scales": [1.0, 1.0]},
         tmp_path / "weights.pth",
     )
     file = tmp_path / "model.onnx"
@@ -73,6 +74,8 @@ def test_onnx_runtime_agrees_at_any_size(tmp_path, capsys, arch, model_args):
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["std"]) == [0.1, 0.2, 0.3] and json.loads(metadata["mean"]) == [0.5] * 3
     assert json.loads(metadata["model_args"]) == model.model_args
+    assert [json.loads(metadata[name]) for name in ("fov_diameter", "tta", "tta_scales")] == [300.0, True, [1.0, 1.0]]
+    assert "threshold" not in metadata
     for count, height, width in ((1, 64, 64), (2, 77, 90), (1, 131, 35), (1, 32, 50)):
         image = torch.rand(count, model.model_args.get("in_channels", 3), height, width)
         (logits,) = session.run(["logits"], {"image": image.numpy()})

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import pickle
 import re
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +210,16 @@ def test_hub_leaves_the_callers_packages_alone(monkeypatch, photograph):
     segmenter = torch.hub.load(str(PROJECT), "unet_fundus", source="local", trust_repo=True)
     assert sys.modules["src"] is own and {name for name in sys.modules if name.split(".")[0] == "src"} == before
     assert segmenter(photograph).vessels.shape == (80, 90)
+
+
+def test_hub_loads_in_several_threads(photograph):
+    def load(_):
+        return torch.hub.load(str(PROJECT), "unet_fundus", source="local", trust_repo=True)
+
+    with ThreadPoolExecutor(6) as threads:
+        segmenters = list(threads.map(load, range(6)))
+    assert len({segmenter(photograph).vessels.tobytes() for segmenter in segmenters}) == 1
+    assert pickle.loads(pickle.dumps(segmenters[0](photograph))).vessels.shape == (80, 90)
 
 
 def test_hub_refuses_an_untrained_model():

@@ -18,6 +18,11 @@ from src.weights import Checkpoint, load_model
 from .files import make_output_folder, replace_whole, require_no_input
 
 NEEDED = ("onnx", "onnxscript")
+# Of the checkpoint, where it has them: all that predictions depend on besides the network.
+METADATA = (
+    *("model_args", "mean", "std", "normalization", "fov_diameter", "trained_scale", "close_ups"),
+    *("tta", "tta_scales", "threshold", "licence", "provenance"),
+)
 
 
 class ExportError(UserError):
@@ -84,7 +89,8 @@ def export_onnx(
                 f"--export: PyTorch {torch.__version__} cannot write this model as ONNX with the onnxscript that is "
                 "installed; update both (PyTorch 2.6 cannot translate the padding of the U-Net)"
             ) from error
-    for name in ("mean", "std", "normalization", "model_args"):
-        program.model.metadata_props[name] = json.dumps(checkpoint[name])
+    for name in METADATA:
+        if name in checkpoint:
+            program.model.metadata_props[name] = json.dumps(checkpoint[name])
     with replace_whole(path) as file:
         file.write(program.model_proto.SerializeToString())
