@@ -492,7 +492,9 @@ def test_the_threshold_was_chosen_on_some_of_those_scored(drive, tmp_path, worki
     flags = ["--data-path", str(drive), str(other), *SMALL_RUN, "--epochs", "1", "--val-split", "1"]
     train.main(train.parse_args([*flags, "--output-dir", ".", "--device", "cpu", "--threshold", "auto"]))
     source = json.loads(Path("scores.json").read_text())["threshold"]["source"]
-    assert source.endswith(" photographs, 1 of the 5 that are scored: these scores are a little too high")
+    assert source.endswith(
+        " photographs; 1 of the 5 that are scored are among them: these scores are a little too high"
+    )
 
 
 def test_training_without_test_labels(drive, working_directory, capsys):

@@ -348,8 +348,9 @@ def _settle_threshold(
     origin = f"auto: best Dice on {describe(files) if held_out else 'training'} photographs"
     chosen_on = {item.digest for item in files}
     if same := sum(item.digest in chosen_on for item in scored):
-        which = "the ones" if same == len(scored) else f"{same} of the {len(scored)}"
-        origin += f", {which} that are scored: these scores are a little too high"
+        some = f"; {same} of the {len(scored)} that are scored are among them"
+        origin += ", the ones that are scored" if same == len(scored) else some
+        origin += ": these scores are a little too high"
     return Threshold(value, origin)
 
 
