@@ -204,6 +204,18 @@ def test_weights_to_start_from_count_as_a_whole_average(shared_drive, working_di
     assert torch.allclose(averaged, 0.81 * start + 0.09 * steps[0] + 0.1 * steps[1], atol=1e-6)
 
 
+def test_weights_to_start_from_of_another_model(shared_drive, working_directory, capsys):
+    """It is said before a photograph is read."""
+    run(shared_drive, "--epochs", 1, "--steps-per-epoch", 1)
+    weights = ["--init-weights", "save_weights/last_model.pth"]
+    for flag, value, theirs in (("--base-c", "8", "4"), ("--num-classes", "2", "1"), ("--arch", "vgg16", "unet")):
+        with pytest.raises(SystemExit) as stopped:
+            train.parse_args([*weights, flag, value])
+        said = f"argument {flag}: {value}, but the weights of --init-weights {weights[1]} have {theirs}; leave it out"
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+    assert train.parse_args([*weights, "--base-c", "4", "--recipe", "best"]).base_c == 4
+
+
 def test_an_average_of_few_steps_is_of_use_at_once(shared_drive, working_directory):
     """An average that began with the random weights would find no vessel for an epoch."""
     flags = ["--recipe", "quick", "--ema-decay", 0.998, "--lr", 0.016]

@@ -167,12 +167,10 @@ def _resume_or_pretrain(
     elif args.init_weights:
         state.start_from(load_checkpoint(args.init_weights))
     elif args.backbone_weights:
-        _pretrain_backbone(state.model, args.arch, args.backbone_weights)
+        _pretrain_backbone(state.model, args.backbone_weights)
 
 
-def _pretrain_backbone(model: nn.Module, arch: str, weights: str) -> None:
-    if not isinstance(model, BackboneUNet):
-        raise UsageError(f"--backbone-weights: {arch} has no backbone; use --arch mobilenet_v3 or --arch vgg16")
+def _pretrain_backbone(model: BackboneUNet, weights: str) -> None:
     if weights == "imagenet":
         model.download_backbone()
     else:

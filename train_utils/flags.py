@@ -262,7 +262,14 @@ def parse_with_recipe(
     if asked.test_only:  # what is not given follows from the weights
         defaults |= dict.fromkeys(("mean", "std", "normalization"))
     parser.set_defaults(**defaults)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("arch", "num_classes", "base_c"):
+        if of_weights.get(name, getattr(args, name)) != getattr(args, name):
+            parser.error(
+                f"argument --{name.replace('_', '-')}: {getattr(args, name)}, but the weights of --init-weights "
+                f"{args.init_weights} have {of_weights[name]}; leave it out"
+            )
+    return args
 
 
 def _defaults_of_weights(asked: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:

@@ -5,14 +5,14 @@ import argparse
 import torch
 
 from my_dataset import working_diameter
-from src import ARCHITECTURES
+from src import ARCHITECTURES, BackboneUNet
 from src.dataset_files import Split, find_parts
 from src.photograph import image_size
 from src.segment import match_scale
 from src.weights import Checkpoint, load_checkpoint
 
 from .command_line import UsageError
-from .distributed_utils import broadcast_object, gather_objects, is_main_process
+from .distributed_utils import broadcast_object, gather_objects, is_main_process, on_main_process
 from .flags import SHARE_FOR_PHOTOGRAPHS
 from .mixed_precision import settle_amp
 
@@ -44,6 +44,10 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
     if args.init_weights and checkpoint is not None and is_main_process():
         print(f"--init-weights {args.init_weights}: not read again, as the run goes on from {checkpoint['path']}")
     require_two_classes_for_threshold(args.num_classes + 1, args.threshold)
+    if args.backbone_weights and not issubclass(ARCHITECTURES[args.arch][0], BackboneUNet):
+        raise UsageError(f"--backbone-weights: {args.arch} has no backbone; use --arch mobilenet_v3 or --arch vgg16")
+    if args.tensorboard:
+        on_main_process(require_tensorboard)
     if args.arch == "mobilenet_v3" and args.crop_size <= MOBILENET_STRIDE:
         raise UsageError(
             f"--crop-size {args.crop_size}: one pixel is left of it in --arch mobilenet_v3, of which BatchNorm cannot "
@@ -85,6 +89,18 @@ def require_use_of_scales(args: argparse.Namespace, checkpoint: Checkpoint | Non
     """
     if args.tta_scales and args.tta is None and not (checkpoint and checkpoint.get("tta")):
         raise UsageError(f"--tta-scales {' '.join(map(str, args.tta_scales))}: does nothing without --tta; add --tta")
+
+
+def require_tensorboard() -> None:
+    """Raise where the package tensorboard is missing.
+
+    Raises:
+        UsageError: it is.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise UsageError("--tensorboard: the package tensorboard is missing; run: pip install tensorboard") from error
 
 
 def require_two_classes_for_threshold(classes: int, threshold: float | str) -> None:

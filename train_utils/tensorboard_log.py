@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from .command_line import UsageError
 from .distributed_utils import on_main_process
 from .results import Row, flatten_row
+from .settings import require_tensorboard
 
 
 class TensorBoardLog:
@@ -20,12 +20,9 @@ class TensorBoardLog:
         on_main_process(self._open, folder, first_epoch)
 
     def _open(self, folder: str | Path, first_epoch: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UsageError(
-                "--tensorboard: the package tensorboard is missing; run: pip install tensorboard"
-            ) from error
+        require_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(Path(folder, "tensorboard")), purge_step=first_epoch)
 
     def write(self, row: Row) -> None:
