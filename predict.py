@@ -68,6 +68,7 @@ class Outcome:
     line: str  # to print
     error: str = ""  # why there is no mask
     kept: bool = False  # the mask is of an earlier run
+    replaced: bool = False  # the mask is in place of another one
 
 
 def main(args: argparse.Namespace) -> None:
@@ -123,7 +124,7 @@ def segment_all(
     settings = digest(Path(args.weights), describe_settings(args).encode())
     jobs = [(path, mask, rows.former(mask)) for path, mask in zip(photographs, masks, strict=True)]
     done: list[Outcome] = []
-    started, new, replaced = time.perf_counter(), 0, False
+    started, new = time.perf_counter(), 0
     threads = torch.get_num_threads()
 
     def work(job: tuple[Path, Path, Row | None]) -> Outcome:
@@ -134,9 +135,7 @@ def segment_all(
 
     try:
         with closing(in_order(work, jobs, AT_ONCE, on_interrupt=tell_of_stop)) as outcomes:
-            for (_, _, former), outcome in zip(jobs, outcomes, strict=True):
-                changed = former is not None and any(former[name] != outcome.row[name] for name in DIGESTS)
-                replaced |= changed and not outcome.error
+            for outcome in outcomes:
                 done.append(outcome)
                 rows.add(outcome.row)
                 new += not outcome.kept
@@ -154,7 +153,7 @@ def segment_all(
             failures = {one.path: one.error for one in done if one.error}
             path = masks[0].parent / REPORT
             write_report(path, ("file", *FACTS), told, failures, dict(zip(photographs, masks, strict=True)))
-        elif replaced and (page := masks[0].parent / REPORT).exists():
+        elif any(one.replaced for one in done) and (page := masks[0].parent / REPORT).exists():
             remove(page)
             print(f"{page}: removed, as it showed other masks; --report writes it anew")
     return done
@@ -200,13 +199,14 @@ def work_on(
             prediction = predict(path, segmenter, args)
             with memory_for(path):
                 write_pictures(prediction, mask, args)
-        if former and not same:
+        replaced = former is not None and not same
+        if replaced:
             remove_other_pictures(mask, args)  # of the mask before
         row |= facts(prediction, time.perf_counter() - started) | {"mask": escaped(Path(mask.name))}
-        of_others = former and former["settings_digest"] != row["settings_digest"]
-        replaced = " (in place of the one with other weights or flags)" if of_others else ""
         line = brief_line(prediction) if brief else f"{progress_line(prediction)} -> {mask}"
-        return Outcome(path, row, line + replaced)
+        if former and former["settings_digest"] != row["settings_digest"]:
+            line += " (in place of the one with other weights or flags)"
+        return Outcome(path, row, line, replaced=replaced)
     except DatasetError as error:
         row["error"] = printable(str(error))
         return Outcome(path, row, f"failed: {error}", error=str(error))

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import predict
-from src import create_model
+from my_dataset import DriveDataset
+from src import create_model, load_pretrained
+from src.segmenter import PRETRAINED
 from train_utils import export, save_checkpoint
 from train_utils.command_line import run_script
 
@@ -158,3 +160,33 @@ def test_weights_that_are_missing(capsys, tmp_path):
         pytest.importorskip(package)
     gone = str(tmp_path / "gone.pth")
     assert "gone.pth: no such file" in fails(capsys, "--weights", gone, "--export", str(tmp_path / "model.onnx"))
+
+
+@with_an_exporter
+@pytest.mark.slow
+def test_the_pretrained_weights_give_the_same_masks_in_onnx_runtime(tmp_path, real_drive):
+    """With the preparation, the sizes and the flips of predict.py around it."""
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    runtime = pytest.importorskip("onnxruntime")
+    predict.main(predict.parse_args(["--weights", str(PRETRAINED), "--export", str(tmp_path / "model.onnx")]))
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    segmenter, differences = load_pretrained(), []
+    network = segmenter.model
+
+    class Twin(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(16, 3, 1, 1))  # tells the device and the width
+
+        def forward(self, image):
+            logits = torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
+            differences.append((logits - network(image)["out"]).abs().max().item())
+            return {"out": logits}
+
+    for item in DriveDataset(real_drive, False).files[:2]:
+        segmenter.model = network
+        expected = segmenter(item.photograph).labels
+        segmenter.model = Twin().eval()
+        assert np.array_equal(segmenter(item.photograph).labels, expected)
+    assert max(differences) < 1e-3

@@ -543,6 +543,8 @@ def test_no_photograph_counts_twice(shared_drive, own, working_directory, capsys
     twice = ["--data-path", shared_drive, shared_drive / "DRIVE", "--epochs", 1]
     assert "21_training.tif is named twice" in fails(capsys, *twice)
     assert "is named twice" in fails(capsys, "--data-path", own, own, "--test-only", "--masks", own / "labels")
+    with pytest.raises(DatasetError, match="is named twice"):
+        compute_mean_std.main(compute_mean_std.get_parser().parse_args(["--data-path", str(own), str(own)]))
     shutil.copytree(own, "copy")
     for path in Path("copy").rglob("2[1-5]_eye*"):
         path.unlink()

@@ -20,7 +20,7 @@ from src import create_model, segmenter
 from src.field_of_view import find_field_of_view
 from src.inference import for_inference
 from src.photograph import PhotographError, read_photograph
-from src.roi_mask import choose_field_of_view
+from src.roi_mask import choose_field_of_view, roi_mask_path
 from src.segment import normalise, prepare_at_scale, segment
 from src.segmenter import PRETRAINED
 from tests.pictures import disc
@@ -577,6 +577,17 @@ def test_the_mask_of_another_photograph_of_the_same_relative_name_stays(
     assert kept(capsys, *flags[:3], "../anne/left.png", *flags[4:]) == [1]
     found = {row["file"]: row["mask"] for row in table(tmp_path / "out")}
     assert found == {str(tmp_path / "anne" / "left.png"): "left_vessels.png", str(tmp_path / "berta" / "left.png"): ""}
+
+
+def test_the_mask_beside_a_bare_name(shared_drive, monkeypatch):
+    test = shared_drive / "DRIVE" / "test"
+    for place, name in (
+        (test, "images/01_test.tif"),
+        (test / "images", "01_test.tif"),
+        (test / "mask", "../images/01_test.tif"),
+    ):
+        monkeypatch.chdir(place)
+        assert os.path.samefile(roi_mask_path(Path(name), None), test / "mask" / "01_test_mask.gif")
 
 
 def test_a_killed_run_goes_on(segmented, capsys):
