@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ SECOND_FOLDERS = ("2nd_manual",)
 SECOND_ENDINGS = ("_manual2", "_2ndHO", "")
 HELD_OUT_SHARE = 5  # without a test part, one of so many photographs is held out
 FIRST_FEW = 3  # faults that a message lists
+EYE = re.compile(r"(?<=[\d_. -])(l|r|left|right|od|os)$", re.IGNORECASE)  # at the end of a name: 01L, 7_left, A-OD
 
 
 @dataclass(frozen=True)
@@ -253,8 +255,9 @@ class Split:
 
     Attributes:
         val_split: the last photographs of each data set to hold out of its training part; 0: none, validate on the test
-            part; None: as 0 where the test part has labels, else one in HELD_OUT_SHARE.
-        fold: (K, N): hold out the K-th of N parts of the training photographs, K from 1.
+            part; None: as 0 where the test part has labels, else one in HELD_OUT_SHARE, and both eyes of a person.
+        fold: (K, N): hold out the K-th of N parts of the training photographs, K from 1; both eyes of a person are in
+            one part.
         train_on_all: train on every labelled photograph, those of a test part too, and hold out none.
     """
 
@@ -305,7 +308,8 @@ class Split:
         """
         parts = find_parts(root)
         folder = parts.get("training") or parts["all"]
-        count = len(find_photographs(folder))
+        photographs = find_photographs(folder)
+        count = len(photographs)
         if self.val_split:
             if self.val_split < count:
                 return self.val_split
@@ -320,7 +324,9 @@ class Split:
                 f"--data-path {root}: a single training photograph, and no labels of test photographs; "
                 "nothing is left to validate on"
             )
-        return min(max(round(count / HELD_OUT_SHARE), 1), count - 1)
+        held_out = min(max(round(count / HELD_OUT_SHARE), 1), count - 1)
+        first, before = photographs[-held_out], photographs[-held_out - 1]
+        return held_out + 1 if _person(first) == _person(before) and held_out + 1 < count else held_out
 
 
 def require_different(training: Sequence[LabelledPhotograph], others: Sequence[LabelledPhotograph] = ()) -> None:
@@ -343,15 +349,27 @@ def require_different(training: Sequence[LabelledPhotograph], others: Sequence[L
             )
 
 
+def _person(photograph: Path) -> str:
+    """Whom a photograph of a folder shows, as far as its name tells: 01L and 01R are the eyes of one."""
+    return EYE.sub("", photograph.stem).rstrip("_. -").lower()
+
+
 def _fold(photographs: Sequence[LabelledPhotograph], number: int, folds: int) -> Iterator[LabelledPhotograph]:
     """The photographs of one fold. It depends on their names alone, and not on what their order may mean."""
-    if folds > len(photographs):
+    persons: dict[str, list[LabelledPhotograph]] = {}
+    for item in photographs:
+        persons.setdefault(_person(item.photograph), []).append(item)
+    if folds > len(persons):
         raise DatasetError(
-            f"--fold {number}/{folds}: {photographs[0].photograph.parent} holds {len(photographs)} photographs, too "
-            f"few for {folds} folds"
+            f"--fold {number}/{folds}: {photographs[0].photograph.parent} holds {len(photographs)} photographs of "
+            f"{len(persons)} persons (by their names), too few for {folds} folds"
         )
-    shuffled = sorted(photographs, key=lambda item: hashlib.sha256(os.fsencode(item.photograph.name)).digest())
-    yield from shuffled[number - 1 :: folds]
+    # By the name of the first, so that folds of one eye of each are those of earlier versions.
+    shuffled = sorted(
+        persons.values(), key=lambda items: hashlib.sha256(os.fsencode(items[0].photograph.name)).digest()
+    )
+    for items in shuffled[number - 1 :: folds]:
+        yield from items
 
 
 def describe(files: Sequence[LabelledPhotograph]) -> str:

@@ -186,3 +186,30 @@ def test_real_data_sets(real_drive):
         assert len(items) == count and all((item.roi_mask is not None) == masked for item in items)
         with Image.open(items[0].photograph) as photograph, Image.open(items[0].label) as label:
             assert photograph.size == label.size
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [("Image_{}L", "Image_{}R"), ("{}_left", "{}_right"), ("p{}-OD", "p{}-OS"), ("{} l", "{} R")]
+)
+def test_both_eyes_of_a_person_are_held_out_together(tmp_path, left, right):
+    names = [name.format(f"{number:02}") for number in range(1, 8) for name in (left, right)]
+    touch(*(tmp_path / folder / f"{name}.png" for folder in ("images", "labels") for name in names))
+    held_out = []
+    for number in range(1, 4):
+        validated = stems(Split(fold=(number, 3)).divide(tmp_path)[1])
+        assert 4 <= len(validated) <= 6
+        for number in range(1, 8):
+            assert (left.format(f"{number:02}") in validated) == (right.format(f"{number:02}") in validated)
+        held_out += validated
+    assert sorted(held_out) == sorted(names)
+    assert len(Split(None).divide(tmp_path)[1]) == 4  # a fifth of 14 are 3
+    assert len(Split(3).divide(tmp_path)[1]) == 3  # as asked
+    with pytest.raises(DatasetError, match="--fold 1/8: .* holds 14 photographs of 7 persons"):
+        Split(fold=(1, 8)).divide(tmp_path)
+
+
+def test_names_that_only_look_like_those_of_eyes(tmp_path):
+    names = ["01_dr", "01_g", "left", "right", "signal", "signor"]
+    touch(*(tmp_path / folder / f"{name}.png" for folder in ("images", "labels") for name in names))
+    parts = [stems(Split(fold=(number, 6)).divide(tmp_path)[1]) for number in range(1, 7)]
+    assert sorted(parts) == [[name] for name in names]
