@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from PIL import Image
+
 from src.errors import UserError
 
 
@@ -59,6 +61,16 @@ def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[Mapping[s
     writer.writerows(rows)
     with replace_whole(path) as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))  # a file name need not be UTF-8
+
+
+def write_picture(path: str | Path, picture: Image.Image, format: str = "PNG", **options: Any) -> None:
+    """Write a picture, whole or not at all, by `picture.save` with these options.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with replace_whole(path) as file:
+        picture.save(file, format=format, **options)
 
 
 def remove(path: Path) -> None:

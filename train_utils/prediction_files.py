@@ -27,7 +27,7 @@ from src.photograph import (
 from src.segment import probabilities_in_parts
 
 from .command_line import UsageError
-from .files import remove, replace_whole, require_no_input
+from .files import remove, require_no_input, write_picture
 from .prediction_report import REPORT, THUMBNAILS, thumbnail_paths, write_thumbnail
 from .prediction_table import TABLE
 
@@ -225,23 +225,18 @@ def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace)
     if args.overlay or args.report:
         overlay = draw_overlay(prediction)
         if args.overlay:
-            _write_png(beside(mask, "overlay"), overlay, compress_level=COMPRESSION)
+            write_picture(beside(mask, "overlay"), overlay, compress_level=COMPRESSION)
         if args.report:
             write_thumbnail(overlay_thumbnail, overlay)
         del overlay
     if prediction.labels.size > LARGE:
         give_back_freed_memory()
     if args.save_prob:
-        _write_png(beside(mask, "probability"), draw_probability(prediction), compress_level=COMPRESSION)
+        write_picture(beside(mask, "probability"), draw_probability(prediction), compress_level=COMPRESSION)
     two_classes = len(prediction.working_probabilities) == 1
     # By runs of one value: a mask takes a tenth less time than by COMPRESSION, and its file is half as large.
     picture = Image.fromarray(prediction.labels * np.uint8(255) if two_classes else prediction.labels)
-    _write_png(mask, picture, compress_type=zlib.Z_RLE)
-
-
-def _write_png(path: Path, picture: Image.Image, **how: int) -> None:
-    with replace_whole(path) as file:
-        picture.save(file, format="PNG", **how)
+    write_picture(mask, picture, compress_type=zlib.Z_RLE)
 
 
 def draw_overlay(prediction: Prediction) -> Image.Image:

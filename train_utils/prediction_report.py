@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from .files import replace_whole
+from .files import replace_whole, write_picture
 
 REPORT = "predictions.html"
 THUMBNAILS = "predictions_thumbnails"
@@ -34,8 +34,7 @@ def write_thumbnail(path: Path, picture: Image.Image) -> None:
         OutputError: it cannot be written.
     """
     picture.thumbnail((LONGER_SIDE, LONGER_SIDE))
-    with replace_whole(path) as file:
-        picture.save(file, format="JPEG", quality=80)
+    write_picture(path, picture, "JPEG", quality=80)
 
 
 def write_report(

@@ -13,10 +13,9 @@ from typing import Any
 from src.segment import ONE_SIZE
 from src.weights import Checkpoint
 
-from ..files import replace_whole, write_csv
+from ..files import replace_whole, write_csv, write_picture
 from .contact_sheet import contact_sheet
 from .counts import PixelCounts, ProbabilityHistogram
-from .drawing import write_png
 from .measure import Measurement, PhotographScore, Segmentation
 
 COUNTED = ("accuracy", "sensitivity", "specificity", "precision", "dice", "iou", "mcc")
@@ -264,7 +263,7 @@ def write_report(report: dict[str, Any], measurement: Measurement, folder: Path)
     if report["threshold"]:
         heading += f", selected on: {report['selected_on']}, "
         heading += f"threshold: {_threshold(report)}"
-    write_png(contact_sheet(measurement.worst, len(rows), heading), folder / "scores.png")
+    write_picture(folder / "scores.png", contact_sheet(measurement.worst, len(rows), heading))
 
 
 def photograph_rows(measurement: Measurement) -> list[dict[str, Any]]:

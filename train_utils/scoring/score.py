@@ -29,12 +29,11 @@ from ..checkpoint import BEST_MODEL, LAST_MODEL, add_to_checkpoint, warn_of_unkn
 from ..command_line import UsageError
 from ..data_loading import reading, require_classes
 from ..distributed_utils import is_main_process, on_main_process
-from ..files import sha256_of
+from ..files import sha256_of, write_picture
 from ..memory import explain_out_of_memory
 from ..normalization import settle_normalization
 from ..settings import fold, require_two_classes_for_threshold, require_use_of_scales, roots
 from .curves import curves
-from .drawing import write_png
 from .measure import Measurement, best_threshold, measure, measure_masks
 from .report import Origin, Threshold, format_report, make_report, write_report
 
@@ -208,7 +207,7 @@ def _draw_curves_and_find_best(args: argparse.Namespace, best_dice: float) -> Pa
     first = checkpoint.get("compared_from", 0)
     history = [row for row in checkpoint.get("history", []) if "dice" in row and row["epoch"] >= first]
     if history:
-        write_png(curves(history, checkpoint.get("selected_on", "validation")), Path(args.output_dir, "curves.png"))
+        write_picture(Path(args.output_dir, "curves.png"), curves(history, checkpoint.get("selected_on", "validation")))
     return _best_weights(checkpoint, history, args, best_dice)
 
 
