@@ -23,12 +23,17 @@ class BackboneWeightsError(UserError):
 class BackboneUNet(nn.Module):
     """A backbone, and four bilinear upsampling levels that are connected to its stages.
 
+    Attributes:
+        IMAGENET: torchvision's name of the weights for the network of `features`.
+
     Args:
         features: the feature layers of a torchvision classification network. Those after the last tap are dropped.
         taps: the indices of the layers whose outputs are the stages, with their channels. Each stage has half the
             resolution of the one before.
         num_classes: classes of the output, background included.
     """
+
+    IMAGENET: str
 
     def __init__(self, features: nn.Sequential, taps: Mapping[int, int], num_classes: int) -> None:
         super().__init__()
@@ -43,8 +48,10 @@ class BackboneUNet(nn.Module):
 
     @property
     def imagenet_weights(self) -> "WeightsEnum":
-        """torchvision's weights for the network of `features`."""
-        raise NotImplementedError
+        """The weights that IMAGENET names."""
+        from torchvision.models import get_weight
+
+        return get_weight(self.IMAGENET)
 
     def logits(self, x: Tensor) -> Tensor:
         """Map an image [N, 3, H, W] to logits [N, num_classes, h, w] of the first stage's resolution."""

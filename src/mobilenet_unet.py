@@ -3,15 +3,10 @@
 Source of the backbone: A. Howard et al., "Searching for MobileNetV3", ICCV 2019, as torchvision builds it.
 """
 
-from typing import TYPE_CHECKING
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from .backbone_unet import BackboneUNet
-
-if TYPE_CHECKING:
-    from torchvision.models import MobileNet_V3_Large_Weights
 
 
 class MobileV3Unet(BackboneUNet):
@@ -25,18 +20,14 @@ class MobileV3Unet(BackboneUNet):
         BackboneWeightsError: they cannot be downloaded.
     """
 
+    IMAGENET = "MobileNet_V3_Large_Weights.IMAGENET1K_V1"
+
     def __init__(self, num_classes: int, pretrain_backbone: bool = False) -> None:
         from torchvision.models import mobilenet_v3_large
 
         super().__init__(mobilenet_v3_large().features, {1: 16, 3: 24, 6: 40, 12: 112, 15: 160}, num_classes)
         if pretrain_backbone:
             self.download_backbone()
-
-    @property
-    def imagenet_weights(self) -> "MobileNet_V3_Large_Weights":
-        from torchvision.models import MobileNet_V3_Large_Weights
-
-        return MobileNet_V3_Large_Weights.IMAGENET1K_V1
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Map an image [N, 3, H, W] of any size to {"out": logits [N, num_classes, H, W]}."""

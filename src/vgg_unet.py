@@ -4,14 +4,9 @@ Source of the backbone: K. Simonyan, A. Zisserman, "Very Deep Convolutional Netw
 Recognition", ICLR 2015, as torchvision builds it.
 """
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
 from .backbone_unet import BackboneUNet
-
-if TYPE_CHECKING:
-    from torchvision.models import VGG16_BN_Weights
 
 
 class VGG16UNet(BackboneUNet):
@@ -25,6 +20,8 @@ class VGG16UNet(BackboneUNet):
         BackboneWeightsError: they cannot be downloaded.
     """
 
+    IMAGENET = "VGG16_BN_Weights.IMAGENET1K_V1"
+
     def __init__(self, num_classes: int, pretrain_backbone: bool = False) -> None:
         from torchvision.models.vgg import cfgs, make_layers
 
@@ -37,12 +34,6 @@ class VGG16UNet(BackboneUNet):
         super().__init__(features, {5: 64, 12: 128, 22: 256, 32: 512, 42: 512}, num_classes)
         if pretrain_backbone:
             self.download_backbone()
-
-    @property
-    def imagenet_weights(self) -> "VGG16_BN_Weights":
-        from torchvision.models import VGG16_BN_Weights
-
-        return VGG16_BN_Weights.IMAGENET1K_V1
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Map an image [N, 3, H, W] (H, W >= 16) to {"out": logits [N, num_classes, H, W]}."""
