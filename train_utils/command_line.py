@@ -94,14 +94,6 @@ def probability_or_auto(text: str) -> float | str:
     return number
 
 
-def fraction(text: str) -> float:
-    """A flag's type: a number of at least 0 and below 1."""
-    number = at_least(0, float)(text)
-    if number >= 1:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0 and below 1, found {text!r}")
-    return number
-
-
 def fold_of_folds(text: str) -> str:
     """A flag's type: "K/N", the K-th of N folds."""
     number, _, folds = text.partition("/")

@@ -12,7 +12,7 @@ from src.weights import CheckpointError, load_checkpoint
 from transforms import AUGMENTATIONS
 
 from .checkpoint import LAST_MODEL
-from .command_line import Flags, Parser, add_switch, at_least, fold_of_folds, fraction, probability_or_auto
+from .command_line import Flags, Parser, add_switch, at_least, fold_of_folds, probability_or_auto
 from .mixed_precision import add_amp_flags
 from .normalization import add_normalization_flags
 from .recipes import RECIPES
@@ -139,7 +139,7 @@ def add_training_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--ema-decay",
-        type=fraction,
+        type=at_least(0, float, below=1),
         help="decay per step of the moving average of the weights, which is evaluated and saved (less in the first "
         "steps); 0: no average",
     )
