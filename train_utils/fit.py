@@ -33,8 +33,8 @@ def fit(
     state: TrainingState,
     train_loader: DataLoader,
     val_loaders: Mapping[str, DataLoader],
-    checkpoint: Checkpoint | None = None,
-    record: Callable[[], None] | None = None,
+    checkpoint: Checkpoint | None,
+    record: Callable[[], None],
 ) -> float:
     """Train for the remaining epochs by the settled flags in `state.args`; return the best Dice, -1 without any.
 
@@ -46,7 +46,7 @@ def fit(
         state: of a new run.
         train_loader: of this process.
         val_loaders: of this process, one for each data set by its name; none: nothing is validated.
-        checkpoint: to continue from.
+        checkpoint: to continue from; None: a new run.
         record: called when nothing stands in the way of the first epoch.
 
     Raises:
@@ -62,8 +62,7 @@ def fit(
     on_main_process(make_output_folder, ".", "the working directory (for the results files)")
     _resume_or_pretrain(state, val_loaders, checkpoint)
     tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch) if args.tensorboard else None
-    if record is not None:
-        record()
+    record()
     saver = Saver()
     on_main_process(state.results.write, state.results.rows)
     if state.other_photographs and val_loaders:  # the best epoch so far is the one that the run goes on from
