@@ -24,7 +24,6 @@ from train_utils.distributed_utils import DistributedError, init_distributed_mod
 from train_utils.files import OutputError
 from train_utils.scoring.score import score_weights
 from train_utils.settings import settle
-from train_utils.tensorboard_log import TensorBoardLog
 from train_utils.training_state import TrainingState
 
 SCRIPT = PROJECT / "train_multi_GPU.py"
@@ -128,9 +127,10 @@ def decide_together(meeting_point, data):
 
     if not last:
         sys.modules["torch.utils.tensorboard"] = None  # importing it now fails
-    print(outcome(TensorBoardLog, "logs", 0))
+    args.tensorboard = True
+    print(outcome(settle, args, cpu))
 
-    args.compile = args.device_data = False
+    args.compile = args.device_data = args.tensorboard = False
     torch.manual_seed(0)
     train_data, _ = open_datasets(args, cpu)
     state = TrainingState(train.create_model(base_c=4), cpu, 1, args, train_data.files)

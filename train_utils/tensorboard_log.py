@@ -4,23 +4,18 @@ from pathlib import Path
 
 from .distributed_utils import on_main_process
 from .results import Row, flatten_row
-from .settings import require_tensorboard
 
 
 class TensorBoardLog:
     """The main process writes each row of a run below `folder`; an error that it meets is raised in all processes.
 
     A resumed run starts at `first_epoch` and discards the rows that the earlier run wrote from that epoch on.
-
-    Raises:
-        UsageError: the package tensorboard is not installed.
     """
 
     def __init__(self, folder: str | Path, first_epoch: int) -> None:
         on_main_process(self._open, folder, first_epoch)
 
     def _open(self, folder: str | Path, first_epoch: int) -> None:
-        require_tensorboard()
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(Path(folder, "tensorboard")), purge_step=first_epoch)
