@@ -58,11 +58,6 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.4f}{deviation}"
 
 
-def paired(first: Scores, second: Scores) -> list[float]:
-    """Of each photograph in both, the mean of the first scores less the mean of the second ones."""
-    return [statistics.fmean(first[key]) - statistics.fmean(second[key]) for key in first if key in second]
-
-
 def _means(scores: Scores) -> list[float]:
     return [statistics.fmean(values) for values in scores.values()]
 
@@ -84,7 +79,8 @@ def report(files: Sequence[str], against: Sequence[str]) -> str:
         if against and scores:
             others = read_scores(against, score)
             both = {key: values for key, values in scores.items() if key in others}
-            differences = paired(both, others)
+            # Of each photograph, the mean of the first scores less the mean of the second ones.
+            differences = [statistics.fmean(values) - statistics.fmean(others[key]) for key, values in both.items()]
             if not differences and score == "dice":  # the others may be undefined
                 raise ScoresError(
                     f"--against {against[0]}: scores none of the photographs of {files[0]}, or by other labels"
