@@ -269,7 +269,7 @@ def write_report(report: dict[str, Any], measurement: Measurement, folder: Path)
 def photograph_rows(measurement: Measurement) -> list[dict[str, Any]]:
     """A flat row for each photograph; the digests tell it and its label from others of the same name.
 
-    Empty cells are undefined scores, or photographs without a second observer.
+    NaN are undefined scores, or those of a photograph without a second observer.
     """
     rows = []
     present = [name for name in OBSERVERS if any(getattr(score, name) for score in measurement.photographs)]
@@ -285,5 +285,5 @@ def photograph_rows(measurement: Measurement) -> list[dict[str, Any]]:
                     value = getattr(getattr(segmentation, region), name) if segmentation else math.nan
                     row[f"{prefix}{name}" if inside else f"{prefix}full_frame_{name}"] = value
             row[f"{prefix}cl_dice"] = segmentation.cl_dice if segmentation else math.nan
-        rows.append(_nan_to_none(row))
+        rows.append(row)
     return rows
