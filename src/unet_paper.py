@@ -58,10 +58,6 @@ class UNetPaper(nn.Module):
         self.up4 = UnpaddedUp(base_c * 2, base_c)
         self.out_conv = OutConv(base_c, num_classes)
 
-    def unpadded(self, x: Tensor) -> Tensor:
-        """Map an image [N, in_channels, H, W], where H and W fit, to logits [N, num_classes, H - 184, W - 184]."""
-        return logits_of(self, x)
-
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Map an image [N, in_channels, H, W] to {"out": logits [N, num_classes, H - 184, W - 184]}.
 
@@ -74,7 +70,7 @@ class UNetPaper(nn.Module):
                 raise ValueError(
                     f"a side of {side} pixels does not fit the unpadded U-Net; the next that does: {fitting}"
                 )
-        return {"out": self.unpadded(x)}
+        return {"out": logits_of(self, x)}
 
 
 class OverlapTileUNet(UNetPaper):
@@ -98,11 +94,11 @@ class OverlapTileUNet(UNetPaper):
         down, right = _steps(height, rows), _steps(width, columns)
         x = _mirror(_mirror(x, -2, rows * down + SMALLEST), -1, columns * right + SMALLEST)
         if rows == columns == 1:
-            return {"out": self.unpadded(x)[..., :height, :width]}
+            return {"out": logits_of(self, x)[..., :height, :width]}
 
         def logits(row: int, column: int) -> Tensor:
             tile = x[..., row * down :, column * right :][..., : down + SMALLEST, : right + SMALLEST]
-            return self.unpadded(tile)[..., :down, :right]
+            return logits_of(self, tile)[..., :down, :right]
 
         strips = [torch.cat([logits(row, column) for column in range(columns)], dim=-1) for row in range(rows)]
         return {"out": torch.cat(strips, dim=-2)[..., :height, :width]}
