@@ -46,7 +46,7 @@ from .counts import (
 
 
 @dataclass(frozen=True)
-class Segmentation:
+class Agreement:
     """How one observer's vessels in one photograph agree with the first observer's."""
 
     field_of_view: PixelCounts
@@ -64,8 +64,8 @@ class PhotographScore:
     part: str  # of the data set: "training", "test" or "all"
     digest: str  # of the photograph's file
     label_digest: str  # of its label and ROI mask
-    model: Segmentation
-    second_observer: Segmentation | None
+    model: Agreement
+    second_observer: Agreement | None
 
 
 class Measurement:
@@ -235,9 +235,9 @@ def _add(
     measurement.add(score, row)
 
 
-def _compare(prediction: Tensor, truth: Tensor, inside: Tensor) -> Segmentation:
+def _compare(prediction: Tensor, truth: Tensor, inside: Tensor) -> Agreement:
     """Compare vessels, bool [H, W], that are all inside the field of view, with the true ones, of `_vessels`."""
-    return Segmentation(
+    return Agreement(
         field_of_view=PixelCounts.of(prediction, truth.masked_fill(~inside, OUTSIDE)),
         full_frame=PixelCounts.of(prediction, truth),
         cl_dice=cl_dice(prediction.cpu().numpy(), ((truth == 1) & inside).cpu().numpy()),

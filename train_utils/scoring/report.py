@@ -16,7 +16,7 @@ from src.weights import Checkpoint
 from ..files import replace_whole, write_csv, write_picture
 from .contact_sheet import contact_sheet
 from .counts import PixelCounts, ProbabilityHistogram
-from .measure import Measurement, PhotographScore, Segmentation
+from .measure import Agreement, Measurement, PhotographScore
 
 COUNTED = ("accuracy", "sensitivity", "specificity", "precision", "dice", "iou", "mcc")
 RANKED = ("roc_auc", "average_precision")
@@ -99,14 +99,14 @@ def make_report(measurement: Measurement, origin: Origin) -> dict[str, Any]:
         "photographs": [score.name for score in measurement.photographs],
     }
     observers = {
-        observer: [segmentation for score in measurement.photographs if (segmentation := getattr(score, observer))]
+        observer: [agreement for score in measurement.photographs if (agreement := getattr(score, observer))]
         for observer in OBSERVERS
     }
     for region in REGIONS:
         histograms = {"model": getattr(measurement, region)}  # a yes/no segmentation ranks nothing
         report[region] = {
-            observer: summarize(segmentations, region, histograms.get(observer)) if segmentations else None
-            for observer, segmentations in observers.items()
+            observer: summarize(agreements, region, histograms.get(observer)) if agreements else None
+            for observer, agreements in observers.items()
         }
     report["tutorial"] = {
         "global_correct": accuracy.item(),
@@ -140,20 +140,18 @@ def _by_data_set(scores: Sequence[PhotographScore]) -> dict[str, list[Photograph
     return {name: [score for score in scores if score.data_set == name] for name in {s.data_set: None for s in scores}}
 
 
-def summarize(
-    segmentations: Sequence[Segmentation], region: str, histogram: ProbabilityHistogram | None
-) -> dict[str, Any]:
+def summarize(agreements: Sequence[Agreement], region: str, histogram: ProbabilityHistogram | None) -> dict[str, Any]:
     """One observer's scores over all pixels, and their mean and standard deviation over the photographs.
 
     The deviation is the sample's (n - 1). Photographs for which a score is undefined are left out of its mean.
     """
-    counts = [getattr(segmentation, region) for segmentation in segmentations]
+    counts = [getattr(agreement, region) for agreement in agreements]
     total = sum(counts, PixelCounts())
     values = {name: [getattr(count, name) for count in counts] for name in AVERAGED if name in COUNTED}
     if region == "field_of_view":
-        values["cl_dice"] = [segmentation.cl_dice for segmentation in segmentations]
+        values["cl_dice"] = [agreement.cl_dice for agreement in agreements]
     return {
-        "photographs": len(segmentations),
+        "photographs": len(agreements),
         "pooled": {name: getattr(total, name) for name in COUNTED}
         | {name: getattr(histogram, name)() if histogram else math.nan for name in RANKED},
         "per_photograph": {name: _mean_and_deviation(series) for name, series in values.items()},
@@ -277,13 +275,13 @@ def photograph_rows(measurement: Measurement) -> list[dict[str, Any]]:
         digests = {"digest": score.digest, "label_digest": score.label_digest}
         row: dict[str, Any] = {"photograph": score.name, "data_set": score.data_set} | digests
         for observer in present:
-            segmentation = getattr(score, observer)
+            agreement = getattr(score, observer)
             prefix = "" if observer == "model" else f"{observer}_"
             for region in REGIONS:
                 inside = region == "field_of_view"
                 for name in COUNTED:
-                    value = getattr(getattr(segmentation, region), name) if segmentation else math.nan
+                    value = getattr(getattr(agreement, region), name) if agreement else math.nan
                     row[f"{prefix}{name}" if inside else f"{prefix}full_frame_{name}"] = value
-            row[f"{prefix}cl_dice"] = segmentation.cl_dice if segmentation else math.nan
+            row[f"{prefix}cl_dice"] = agreement.cl_dice if agreement else math.nan
         rows.append(row)
     return rows
