@@ -40,9 +40,7 @@ class _Logits(nn.Module):
         return self.model(image)["out"]
 
 
-def export_onnx(
-    weights: str | Path, path: str | Path, settle: Callable[[Checkpoint], None] = lambda checkpoint: None
-) -> None:
+def export_onnx(weights: str | Path, path: str | Path, settle: Callable[[Checkpoint], None]) -> None:
     """Write a model as ONNX: `image` float32 [batch, C, height, width] -> `logits` [batch, num_classes, height, width].
 
     Batch size, height and width (from 32 pixels) are free. The image must be normalised. The metadata of the file hold
