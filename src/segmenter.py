@@ -128,21 +128,22 @@ class Segmenter:
             field_of_view = _as_mask("field_of_view", field_of_view, image)
         if retina is not None:
             retina = _as_mask("retina", retina, image)
-        if retina is None:
+        else:
             retina = find_field_of_view(image) if field_of_view is None else field_of_view
         if field_of_view is None:
             field_of_view = retina
         diameter = field_of_view_diameter(retina)
         flips = self.checkpoint.get("tta", False) if flips is None else flips
         scales = self.checkpoint.get("tta_scales", ONE_SIZE) if flips else ONE_SIZE
-        if scale is not None and set(scales) != {1}:
-            scales = ONE_SIZE
         if scale is None:
             scale = self.working_scale(image, retina, tile=tile, batch_size=batch_size)
+        elif set(scales) != {1}:
+            scales = ONE_SIZE
         two_classes = self.checkpoint["model_args"]["num_classes"] == 2
         votes = Votes() if flips and two_classes else None
-        of_views = {"flips": flips, "scales": scales, "votes": votes}
-        working_probabilities = self._segment(image, retina, scale, tile=tile, batch_size=batch_size, **of_views)
+        working_probabilities = self._segment(
+            image, retina, scale, scales=scales, tile=tile, flips=flips, batch_size=batch_size, votes=votes
+        )
         widened = widening(scale, self.checkpoint.get("trained_scale")) if two_classes else 0.0
         labels = np.empty(image.shape[:2], np.uint8)
         for rows, probabilities in probabilities_in_parts(working_probabilities, labels.shape, widened):
