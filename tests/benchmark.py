@@ -45,10 +45,9 @@ from torchvision.transforms.v2 import functional as transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-
 import predict
 import train
-from my_dataset import DRIVE_FOV_DIAMETER, DriveDataset
+from my_dataset import DRIVE_FOV_DIAMETER, OUTSIDE, DriveDataset
 from src import Segmenter, create_model
 from src import segmenter as segmenter_module
 from src.inference import for_inference
@@ -66,7 +65,6 @@ from train_utils.synthetic_drive import write_synthetic_drive
 from train_utils.training_state import TrainingState
 
 CPU = torch.device("cpu")
-IGNORED = 255
 VALIDATED = 3  # photographs, held out of the training ones
 
 # Rows of the table. All are in seconds, but for the memory.
@@ -162,6 +160,9 @@ class Subject:
     def busy(self) -> Measured:
         """Only of the project: the naive variant would have to wait by spinning, in an environment of its own."""
         return {}
+
+    def prediction(self) -> Measured:
+        return {PREDICTION: seconds(self.predictor(), self.device)}
 
     def memory(self) -> Measured:
         """The most bytes so far, of the GPU or else of the whole process."""
@@ -259,10 +260,6 @@ class Project(Subject):
         image = _image(self.path, self.args).to(self.device)
         return {INFERENCE: seconds(lambda: fast_model(image), self.device)}
 
-    def prediction(self) -> Measured:
-        predict_one = self.predictor()
-        return {PREDICTION: seconds(predict_one, self.device)}
-
     def predictor(self) -> Callable[[], np.ndarray]:
         """What predict.py does with a photograph once it has started; it returns the vessels, bool [H, W]."""
         args = predict.parse_args(["--device", self.args.device, "--image", str(self.path), "--scale", "1"])
@@ -281,7 +278,7 @@ class Naive(Subject):
         super().__init__(args, device)
         self.photographs, self.val_photographs = (
             DecodedEachTime(dataset, args, augment)
-            for dataset, augment in zip(open_datasets(args, torch.device("cpu")), (True, False), strict=True)
+            for dataset, augment in zip(open_datasets(args, CPU), (True, False), strict=True)
         )
         self.path = self.val_photographs.files[0][0]
         torch.manual_seed(args.seed)
@@ -357,9 +354,6 @@ class Naive(Subject):
         image = _image(self.path, self.args).to(self.device)
         return {INFERENCE: seconds(lambda: self.model(image), self.device)}
 
-    def prediction(self) -> Measured:
-        return {PREDICTION: seconds(self.predictor(), self.device)}
-
     def predictor(self) -> Callable[[], np.ndarray]:
         @torch.no_grad()
         def predict_one() -> np.ndarray:
@@ -387,7 +381,7 @@ class DecodedEachTime(Dataset):
         image_path, *mask_paths = self.files[index]
         image = Image.open(image_path).convert("RGB")
         vessels, inside = (np.array(Image.open(path).convert("L")) > 0 for path in mask_paths)
-        label = Image.fromarray(np.where(inside, vessels, IGNORED).astype(np.uint8))
+        label = Image.fromarray(np.where(inside, vessels, OUTSIDE).astype(np.uint8))
         if self.augment:
             image, label = self._augmented(image, label)
         image = normalise(np.array(image), self.args.mean, self.args.std)
@@ -402,13 +396,13 @@ class DecodedEachTime(Dataset):
             if torch.rand(()) < 0.5:
                 image, label = flip(image), flip(label)
         padding = [0, 0, max(crop - image.width, 0), max(crop - image.height, 0)]
-        image, label = transforms.pad(image, padding), transforms.pad(label, padding, fill=IGNORED)
+        image, label = transforms.pad(image, padding), transforms.pad(label, padding, fill=OUTSIDE)
         top, left = (int(torch.randint(0, side - crop + 1, ())) for side in (image.height, image.width))
         return transforms.crop(image, top, left, crop, crop), transforms.crop(label, top, left, crop, crop)
 
 
 def naive_criterion(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    loss = F.cross_entropy(logits, target, weight=weight, ignore_index=IGNORED)
+    loss = F.cross_entropy(logits, target, weight=weight, ignore_index=OUTSIDE)
     return loss + 1 - naive_dice(logits.softmax(dim=1), target)
 
 
@@ -417,7 +411,7 @@ def naive_dice(x: Tensor, target: Tensor, first: int = 0) -> Tensor:
     values = []
     for class_index in range(first, x.shape[1]):
         for image_x, image_target in zip(x, target, strict=True):
-            inside = image_target != IGNORED
+            inside = image_target != OUTSIDE
             pixels, truth = image_x[class_index][inside], (image_target[inside] == class_index).float()
             total = pixels.sum() + truth.sum()
             empty = total.item() == 0
@@ -688,7 +682,7 @@ def main(args: argparse.Namespace) -> None:
         flags = ["--data-path", data_path, "--val-split", str(VALIDATED), *args.other_flags]
         with contextlib.redirect_stdout(io.StringIO()):  # what train.py says of its photographs
             settled, device = _settle(flags)
-            photograph = open_datasets(settled, torch.device("cpu"))[1].img_list[0]
+            photograph = open_datasets(settled, CPU)[1].img_list[0]
         if args.forward:
             print(f"{describe(CPU)}: medians of {args.repeats}\n\n{forward_passes(settled, photograph, args.repeats)}")
             return
