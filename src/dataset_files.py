@@ -199,7 +199,7 @@ class _Companions:
         return files[0]
 
     def fault_of(self, photograph: Path) -> str | None:
-        """What is wrong with the companion that was looked for last."""
+        """What is wrong with a photograph's companion, as far as `find` has looked; None: nothing."""
         return self.faults.get(photograph)
 
     def _expected(self, name: str) -> Path:
@@ -255,7 +255,9 @@ class Split:
 
     Attributes:
         val_split: the last photographs of each data set to hold out of its training part; 0: none, validate on the test
-            part; None: as 0 where the test part has labels, else one in HELD_OUT_SHARE, and both eyes of a person.
+        val_split: the last photographs of each data set to hold out of its training part; 0: none, validate on the test
+            part (of a data set that has no parts, as None); None: as 0 where the test part has labels, else one in
+            HELD_OUT_SHARE, and both eyes of a person.
         fold: (K, N): hold out the K-th of N parts of the training photographs, K from 1; both eyes of a person are in
             one part.
         train_on_all: train on every labelled photograph, those of a test part too, and hold out none.

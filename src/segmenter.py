@@ -159,9 +159,9 @@ class Segmenter:
 
         That follows from the diameter of the retina, bool [H, W]. Where this has no round border the photograph may be
         a close-up, and shows an unknown share of a field of view. Then five SHARES are tried, and the one is taken at
-        which the four flips agree best on the vessels, if they agree CLEARLY better than at the whole. That takes as
-        long as five forward passes. It is not done for models that were trained on such photographs, or have more than
-        two classes.
+        which the four flips agree best on the vessels, if they agree CLEARLY better than at the whole. Those are twenty
+        forward passes, which take as long as eight of the whole. It is not done for models that were trained on such
+        photographs, or have more than two classes.
 
         Args:
             tile, batch_size: as `src.segment.segment`.

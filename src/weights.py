@@ -8,9 +8,10 @@ brought to), `trained_scale` (what the training photographs were resized by for 
 show no border of the field of view), `trained_on` and `validated_on` (digests of the photographs' files) and
 `validated_labels` (of the labels of these), `best_dice`, `history` (the rows of the results files) and `results` (their
 name), `selected_on` (the photographs that the best epoch was chosen on), `compared_from` (the first epoch whose Dice is
-on those), `tta` (whether to take the mean over views) and `tta_scales` (of these views, see `src.segment.views`). Three
-keys are optional: `training_model` (the weights to continue from) and `averaged_steps`, if `model` is an average, and
-`threshold` (the probability above which a pixel is a vessel).
+on those), `tta` (whether to take the mean over views) and `tta_scales` (of these views, see `src.segment.views`). Some
+keys are optional: `training_model` (the weights to continue from) and `averaged_steps`, if `model` is an average,
+`threshold` (the probability above which a pixel is a vessel), and in files that were written again or published
+`normalization_assumed` (see `load_checkpoint`), `licence` and `provenance`.
 `src.checkpoint_values` has a rule for each value.
 """
 

@@ -186,9 +186,9 @@ def evaluate(
 
     Returns:
         the confusion matrix over all pixels inside the field of view (of the labels: photographs that were resized for
-        the model are scored in their own size), and the mean over batches of the foreground
-        Dice of the argmax prediction; with `per_photograph` the mean over photographs, whatever the batches (which
-        must not be padded then).
+        the model are scored in their own size), and the mean over batches of the foreground Dice of the argmax
+        prediction; with `per_photograph` the mean over photographs, whatever the batches (which must not be padded
+        then).
     """
     model.eval()
     fast_model = for_inference(model, amp=amp_dtype is not None)
