@@ -5,6 +5,7 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -96,12 +97,11 @@ def probability_or_auto(text: str) -> float | str:
 
 def fold_of_folds(text: str) -> str:
     """A flag's type: "K/N", the K-th of N folds."""
-    number, _, folds = text.partition("/")
-    if not (number.isascii() and number.isdigit() and folds.isascii() and folds.isdigit()) or not (
-        1 <= int(number) <= int(folds) and int(folds) >= 2
-    ):
+    found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    number, folds = map(int, found.groups()) if found else (0, 0)
+    if not (1 <= number <= folds and folds >= 2):
         raise argparse.ArgumentTypeError(f"must be K/N, the K-th of N folds, such as 1/5, found {text!r}")
-    return f"{int(number)}/{int(folds)}"
+    return f"{number}/{folds}"
 
 
 def boolean(text: str) -> bool:
