@@ -32,11 +32,6 @@ def test_synthetic_photographs(size):
     assert field_of_view_diameter(found) == pytest.approx(field_of_view_diameter(truth), rel=0.02, abs=2)
 
 
-@pytest.fixture(scope="module")
-def synthetic():
-    return [synthetic_photograph(360, 340, np.random.default_rng(seed)) for seed in range(4)]
-
-
 @pytest.mark.parametrize(
     "colour", [(0, 0, 0), (12, 10, 8), (255, 255, 255), (128, 128, 128), (0, 0, 160), (30, 90, 40), (250, 240, 225)]
 )

@@ -480,8 +480,8 @@ def test_flags(tmp_path, weights, shared_drive, picture, number):
 
 
 def test_the_numbers_are_right():
-    """Three hundred; and the seed brings every kind of picture, with different contents."""
-    assert 4 * 25 + 20 + 60 + 60 + 60 == 300 and len(LARGE) < 30
+    """There are flags besides the large ones, and the seed brings every kind of picture, with different contents."""
+    assert len(LARGE) < 30
     image = Image.new("RGB", (80, 72), (200, 90, 40))
     files = [hostile_picture(number, image) for number in range(100)]
     assert Counter(suffix for suffix, _ in files).keys() == set(SUFFIXES) and len(set(files)) > 60

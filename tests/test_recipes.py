@@ -118,19 +118,6 @@ def test_three_steps_of_the_tutorials_recipe(shared_drive, working_directory):
     assert losses() == pytest.approx(expected, abs=1e-4)
 
 
-def stop_after_steps(steps, patch):
-    original = torch.optim.SGD.step
-    taken = []
-
-    def step(*args, **kwargs):
-        if len(taken) == steps:
-            raise KeyboardInterrupt
-        taken.append(None)
-        return original(*args, **kwargs)
-
-    patch.setattr(torch.optim.SGD, "step", step)
-
-
 @pytest.fixture(scope="module")
 def quick_weights(shared_drive, tmp_path_factory):
     """The weights of a short run that takes all that the recipes may ask for."""
