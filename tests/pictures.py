@@ -14,7 +14,7 @@ def overlap(a, b):
     return (a & b).sum() / (a | b).sum()
 
 
-def framed(photograph, truth, colour, noise=2):
+def framed(photograph, truth, colour):
     """The photograph with another border."""
-    around = np.random.default_rng(0).normal(colour, noise, photograph.shape).clip(0, 255).astype(np.uint8)
+    around = np.random.default_rng(0).normal(colour, 2, photograph.shape).clip(0, 255).astype(np.uint8)
     return np.where(truth[..., None], photograph, around)

@@ -34,7 +34,7 @@ def files(tmp_path):
     return first, [write(tmp_path / "e.json", p=0.80, q=0.70, r=0.90)]
 
 
-def test_mean_over_folds_and_seeds(files, capsys, monkeypatch):
+def test_mean_over_folds_and_seeds(files, capsys):
     title, dice, *others = run(capsys, *files[0])
     assert title == "4 files, 3 photographs, 6 scores; mean ± standard deviation"
     means = [0.81, 0.69, 0.91]
@@ -75,7 +75,7 @@ def test_wrong_files(tmp_path, capsys, content, said):
     assert stopped.value.code == 1 and str(path) in error and said in error and error.count("\n") == 1
 
 
-def test_sets_without_a_photograph_in_common(files, tmp_path, capsys):
+def test_sets_without_a_photograph_in_common(files, tmp_path):
     other = write(tmp_path / "other.json", x=0.5)
     with pytest.raises(compare.ScoresError, match="scores none of the photographs"):
         compare.report(files[0], [other])

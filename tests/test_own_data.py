@@ -555,7 +555,7 @@ def test_no_photograph_counts_twice(shared_drive, own, working_directory, capsys
     assert "99_eye.PNG: is the same photograph as" in fails(capsys, "--data-path", "parted", "--epochs", 1)
 
 
-def test_the_output_does_not_lie_among_the_data(shared_drive, own, working_directory, capsys):
+def test_the_output_does_not_lie_among_the_data(own, working_directory, capsys):
     """What is drawn there would be taken for a photograph."""
     shutil.copytree(own, "eyes")
     before = sorted(Path("eyes").rglob("*"))
@@ -593,7 +593,7 @@ def records(folder):
     return record, record["earlier"][-1]
 
 
-def test_training_on_all(shared_drive, own, working_directory, capsys):
+def test_training_on_all(shared_drive, working_directory, capsys):
     flags = "--data-path", shared_drive, "--train-on-all"
     last = run(*flags, "--epochs", 2)
     assert len(last["trained_on"]) == 6 + 4 and last["validated_on"] == [] and last["selected_on"] == "none"
@@ -646,7 +646,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(shared_drive, working_dir
     assert resumed["epoch"] == 0
 
 
-def test_compare_takes_what_the_scripts_write(shared_drive, own, working_directory, capsys):
+def test_compare_takes_what_the_scripts_write(shared_drive, working_directory, capsys):
     run("--data-path", shared_drive, "--epochs", 1)
     run("--data-path", shared_drive, "--test-only", "--resume", "out/best_model.pth", "--output-dir", "alone")
     capsys.readouterr()

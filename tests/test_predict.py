@@ -154,7 +154,7 @@ def test_one_forward_pass(tmp_path, weights, shared_drive, monkeypatch):
     assert len(calls) == 5
 
 
-def test_weights_of_the_tutorial(tmp_path, shared_drive, monkeypatch):
+def test_weights_of_the_tutorial(tmp_path, shared_drive):
     # They say neither how large the model is nor how photographs were normalised nor how large those were.
     path = save_as_the_tutorial(tmp_path / "model.pth", make_model())
     image = shared_drive / "DRIVE" / "test" / "images" / "01_test.tif"
@@ -752,7 +752,7 @@ def test_odd_files_are_failures_of_their_own(tmp_path, weights, photographs, cap
     assert all(any(f"/{name}: {reason}" in line for line in lines) for name, reason in odd.items())
 
 
-def test_odd_files_alone_are_refused(tmp_path, weights, photographs, capsys):
+def test_odd_files_alone_are_refused(weights, photographs, capsys):
     odd = add_odd_files(photographs)
     for name, reason in odd.items():
         assert f"{name}: {reason}" in fails(capsys, "--weights", weights, "--image", photographs / name)
@@ -852,7 +852,7 @@ def test_wrong_roi_masks(tmp_path, weights, photographs, capsys):
     assert f"--roi-mask {masks / 'missing.png'}: no such file" in message(masks / "missing.png")
 
 
-def test_a_mask_of_a_part_of_the_retina_does_not_change_its_size(tmp_path, weights, photographs):
+def test_a_mask_of_a_part_of_the_retina_does_not_change_its_size(tmp_path, photographs):
     image = photographs / "01.png"
     photograph = read_photograph(image)
     found = find_field_of_view(photograph)
@@ -937,7 +937,7 @@ def test_threshold_auto(tmp_path, weights, photographs, capsys):
     assert f"threshold 0.5 (none is stored in {weights})" in capsys.readouterr().out
 
 
-def test_tiles_flips_and_batches_reach_the_model(tmp_path, weights, photographs, monkeypatch):
+def test_tiles_flips_and_batches_reach_the_model(tmp_path, weights):
     image = tmp_path / "large.png"
     Image.fromarray(synthetic_photograph(200, 180, np.random.default_rng(0))[0]).save(image)
     options = ("--tile", 96, "--tta", "--batch-size", 3, "--scale", 1, "--roi-mask", "none", "--save-prob")
@@ -1233,7 +1233,7 @@ def test_other_errors_keep_their_traceback(weights, photographs, monkeypatch):
 
 
 @pytest.mark.parametrize("scale", ["300", "1e9", "1e308"])
-def test_a_scale_that_makes_too_many_pixels(tmp_path, weights, photographs, capsys, scale):
+def test_a_scale_that_makes_too_many_pixels(weights, photographs, capsys, scale):
     message = fails(capsys, "--weights", weights, "--image", photographs / "01.png", "--scale", scale)
     assert f"01.png: out of memory ({'518 megapixels at' if scale == '300' else ''}" in message
     assert f"scale {float(scale):g}): try a smaller --scale" in message

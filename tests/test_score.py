@@ -63,14 +63,14 @@ def weights(shared_drive, tmp_path_factory):
     return path
 
 
-def score(script, data, weights, *flags):
+def score(script, data, *flags):
     script.main(
         script.parse_args(["--data-path", str(data), "--output-dir", ".", "--device", "cpu", "--overwrite", *flags])
     )
 
 
 def test_only(data, weights, *flags):
-    score(train, data, weights, "--test-only", "--resume", str(weights), *flags)
+    score(train, data, "--test-only", "--resume", str(weights), *flags)
     return json.loads(Path("scores.json").read_text())
 
 
@@ -90,7 +90,7 @@ def csv_rows(path="scores.csv"):
         return list(csv.DictReader(file))
 
 
-def predictions(weights, data, threshold=0.5):
+def predictions(weights, data):
     """Vessels, truth and field of view, bool [H, W], of each test photograph, by the plainest way."""
     checkpoint = load_checkpoint(weights)
     model = create_model(**checkpoint["model_args"]).eval()
@@ -361,10 +361,10 @@ def test_how_photographs_are_normalised_and_resized_may_be_given(shared_drive, w
 def test_flags_that_contradict_test_only(shared_drive, working_directory, weights, flags, message):
     resume = [] if "--masks" in flags else ["--resume", str(weights)]
     with pytest.raises(UsageError, match=message):
-        score(train, shared_drive, None, "--test-only", *resume, *flags)
+        score(train, shared_drive, "--test-only", *resume, *flags)
 
 
-def test_the_threshold_is_chosen_without_the_test_folder(drive, monkeypatch):
+def test_the_threshold_is_chosen_without_the_test_folder(drive):
     folder = drive / "DRIVE" / "test"
     transform = get_transform(False, MEAN, STD)
     expected = best_threshold(GreenModel(), DriveDataset(drive, True, transform), CPU)
@@ -443,7 +443,7 @@ def test_a_threshold_is_not_stored_unless_chosen(shared_drive, weights, working_
 
 
 def small_run(data, *flags):
-    score(train, data, None, *SMALL_RUN, "--epochs", "2", *flags)
+    score(train, data, *SMALL_RUN, "--epochs", "2", *flags)
 
 
 def test_training_ends_with_scores_of_the_best_weights(shared_drive, working_directory, capsys):
@@ -580,7 +580,7 @@ def test_the_script_for_many_processes_scores_too(shared_drive, weights, working
     expected = test_only(shared_drive, weights)
     tables = [capsys.readouterr().out.split("\nscores of")[1]]
     Path("scores.json").unlink()
-    score(train_multi_GPU, shared_drive, weights, "--test-only", "--resume", str(weights))
+    score(train_multi_GPU, shared_drive, "--test-only", "--resume", str(weights))
     tables.append(capsys.readouterr().out.split("\nscores of")[1])
     assert json.loads(Path("scores.json").read_text()) == expected
     assert tables[0] == tables[1]

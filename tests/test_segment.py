@@ -117,7 +117,7 @@ def test_small_pictures(unet, size):
     assert run_at_scale(unet, noise(*size), 0.3, flips=True, tile=64).shape == (1, *size)
 
 
-def test_only_in_eval_mode(unet):
+def test_only_in_eval_mode():
     with pytest.raises(AssertionError):
         run(create_model(base_c=4).train(), noise(32, 32))
 

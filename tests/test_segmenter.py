@@ -303,7 +303,7 @@ def test_a_close_up_is_seen_at_the_scale_of_its_vessels(close_up):
 
 
 @pytest.mark.parametrize("trained_on", ["close-ups", "three classes", "both"])
-def test_some_models_see_a_close_up_as_a_whole(trained_on, tmp_path, photograph):
+def test_some_models_see_a_close_up_as_a_whole(trained_on, tmp_path):
     """Those that know close-ups by their frame, and those whose views cannot be counted."""
     model = make_model() if trained_on == "close-ups" else make_model(num_classes=3)
     own = {"close_ups": True} if trained_on != "three classes" else {}
@@ -337,7 +337,7 @@ def test_scores_and_predictions_see_a_close_up_alike(close_up, tmp_path, monkeyp
 # ---- to go on from weights
 
 
-def test_fine_tuning_starts_from_the_weights(shared_drive, working_directory, capsys):
+def test_fine_tuning_starts_from_the_weights(shared_drive, working_directory):
     def run(*flags):
         train.main(train.parse_args([*flags, "--data-path", str(shared_drive), "--output-dir", "out", "--overwrite"]))
         return load_checkpoint("out/last_model.pth")

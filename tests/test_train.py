@@ -173,7 +173,7 @@ def test_resume_with_fewer_epochs_says_that_nothing_is_left(shared_drive, workin
     assert Path("save_weights/last_model.pth").read_bytes() == before
 
 
-def test_a_nan_loss_saves_nothing(shared_drive, working_directory, monkeypatch, capsys):
+def test_a_nan_loss_saves_nothing(shared_drive, working_directory, capsys):
     run(shared_drive, "--epochs", "1")
     before = {path: path.read_bytes() for path in Path("save_weights").glob("*.pth")}
     capsys.readouterr()
@@ -369,7 +369,7 @@ def test_wrong_files(shared_drive, working_directory, capsys):
     assert not list(Path().glob("results*"))
 
 
-def test_demo_changes_defaults_but_not_flags(monkeypatch):
+def test_demo_changes_defaults_but_not_flags():
     assert flags("--demo").data_path == "./demo" and flags("--demo").base_c < 32
     assert flags("--demo", "--base-c", "5", "--epochs", "200").base_c == 5
     assert flags("--demo", "--base-c", "5", "--epochs", "200").epochs == 200

@@ -167,7 +167,7 @@ def test_loss_is_taken_in_float32_under_autocast(monkeypatch):
     assert set(outputs) == {torch.bfloat16} and set(seen) == {torch.float32}
 
 
-def test_evaluate_is_the_mean_over_photographs(capsys):
+def test_evaluate_is_the_mean_over_photographs():
     loader = batches(3, size=(17, 16))  # smaller ones are padded
     model = Constant()
     confusion_matrix, dice = evaluate(model, loader, CPU, 2)
