@@ -8,12 +8,22 @@ import numpy as np
 import pytest
 import torch
 
+from train_utils.command_line import run_script
 from train_utils.synthetic_drive import synthetic_photograph, write_synthetic_drive
 
 SMALL_RUN = ["--device", "cpu", "--base-c", "4", "--base-size", "80", "--crop-size", "48", "--lr", "0.05"]
 
 # Sums depend on the number of threads in the last bits, and the processes that tests start have one.
 torch.set_num_threads(1)
+
+
+def refusal(capsys, script, *flags, status=1):
+    """Run a script with flags that cannot work; return what it says, which must be one line."""
+    with pytest.raises(SystemExit) as stopped:
+        run_script(script.main, script.parse_args([*map(str, flags)]))
+    assert stopped.value.code == status
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 @pytest.fixture(scope="session")

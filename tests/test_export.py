@@ -12,8 +12,8 @@ import predict
 from my_dataset import DriveDataset
 from src import create_model, load_pretrained
 from src.segmenter import PRETRAINED
+from tests.conftest import refusal
 from train_utils import export, save_checkpoint
-from train_utils.command_line import run_script
 
 SMALL = {"unet": {"base_c": 4}, "unet_paper": {"base_c": 4}, "mobilenet_v3": {}, "vgg16": {}}
 
@@ -113,11 +113,7 @@ def test_torch_compile(arch):
 
 
 def fails(capsys, *flags):
-    with pytest.raises(SystemExit) as stopped:
-        run_script(predict.main, predict.parse_args(flags))
-    lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 1 and len(lines) == 1
-    return lines[0]
+    return refusal(capsys, predict, *flags)
 
 
 def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):

@@ -10,9 +10,8 @@ import torch
 import predict
 import train
 from src import create_model
-from tests.conftest import SMALL_RUN
+from tests.conftest import SMALL_RUN, refusal
 from train_utils import publish
-from train_utils.command_line import run_script
 from train_utils.files import OutputError, require_no_input
 
 
@@ -56,11 +55,7 @@ def test_export_and_publish(weights, capsys):
             (predict, ["--weights", str(weights), "--export", name, "--device", "cpu"]),
             (publish, [str(weights), name, "--licence", "free", "--provenance", "a test"]),
         ):
-            with pytest.raises(SystemExit) as stopped:
-                run_script(script.main, script.parse_args(flags))
-            error = capsys.readouterr().err
-            assert stopped.value.code == 1 and f"would overwrite the input {name}; choose" in error
-            assert error.count("\n") == 1
+            assert f"would overwrite the input {name}; choose" in refusal(capsys, script, *flags)
     assert weights.read_bytes() == before
 
 
@@ -68,9 +63,7 @@ def test_the_table_of_predictions(working_directory, weights, shared_drive, caps
     image = str(next((shared_drive / "DRIVE" / "test" / "images").iterdir()))
     weights.rename("weights/predictions.csv")
     flags = ["--weights", "weights/predictions.csv", "--image", image, "--output", "weights", "--device", "cpu"]
-    with pytest.raises(SystemExit):
-        run_script(predict.main, predict.parse_args(flags))
-    assert "--output weights: would overwrite the input weights/predictions.csv" in capsys.readouterr().err
+    assert "--output weights: would overwrite the input weights/predictions.csv" in refusal(capsys, predict, *flags)
 
 
 @pytest.mark.parametrize("name", ["best_model.pth", "last_model.pth", "run.json", "model_0.pth"])
@@ -79,8 +72,6 @@ def test_weights_that_a_training_starts_from(weights, shared_drive, capsys, name
     before = path.read_bytes()
     data = ["--data-path", str(shared_drive), *SMALL_RUN, "--output-dir", "weights", "--epochs", "1", "--overwrite"]
     for flag in ("--init-weights", "--backbone-weights"):
-        with pytest.raises(SystemExit) as stopped:
-            run_script(train.main, train.parse_args([*data, "--no-save-best", flag, str(path)]))
-        error = capsys.readouterr().err
-        assert stopped.value.code == 1 and f"--output-dir weights: would overwrite the input {path}" in error
+        error = refusal(capsys, train, *data, "--no-save-best", flag, path)
+        assert f"--output-dir weights: would overwrite the input {path}" in error
     assert path.read_bytes() == before

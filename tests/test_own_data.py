@@ -21,10 +21,9 @@ import train_multi_GPU
 from my_dataset import OUTSIDE, DriveDataset, working_diameter
 from src.dataset_files import pair
 from src.errors import DatasetError
-from tests.conftest import SMALL_RUN
+from tests.conftest import SMALL_RUN, refusal
 from tests.processes import in_processes
 from train_utils import fit, load_checkpoint, save_checkpoint
-from train_utils.command_line import run_script
 from train_utils.data_loading import TrainingSampler, open_datasets
 from train_utils.scoring import compare
 from train_utils.settings import settle
@@ -41,12 +40,7 @@ def scores():
 
 
 def fails(capsys, *flags):
-    with pytest.raises(SystemExit) as stopped:
-        run_script(train.main, train.parse_args([*SMALL_RUN, *map(str, flags)]))
-    assert stopped.value.code == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    return lines[0]
+    return refusal(capsys, train, *SMALL_RUN, *flags)
 
 
 def plain(source, root, masks=True, enlarge=1):

@@ -23,6 +23,7 @@ from src.photograph import PhotographError, read_photograph
 from src.roi_mask import choose_field_of_view, roi_mask_path
 from src.segment import normalise, prepare_at_scale, segment
 from src.segmenter import PRETRAINED
+from tests.conftest import refusal
 from tests.pictures import disc
 from tests.test_checkpoint import save_as_the_tutorial
 from tests.test_photograph import make_broken
@@ -81,13 +82,7 @@ def run(*flags):
 
 
 def fails(capsys, *flags):
-    """Run the script with flags that cannot work; return what it says, which must be one line."""
-    with pytest.raises(SystemExit) as stopped:
-        run_script(predict.main, predict.parse_args(["--device", "cpu", *map(str, flags)]))
-    assert stopped.value.code == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    return lines[0]
+    return refusal(capsys, predict, "--device", "cpu", *flags)
 
 
 def pixels(path):

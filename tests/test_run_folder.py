@@ -16,7 +16,7 @@ import torch
 import train
 import train_multi_GPU
 from src.errors import UserError
-from tests.conftest import SMALL_RUN
+from tests.conftest import SMALL_RUN, refusal
 from tests.processes import PROJECT, clean_environment, in_processes
 from train_utils import lock, run_folder
 from train_utils.command_line import UsageError, run_script
@@ -37,10 +37,7 @@ def weights_in(folder):
 def test_a_second_start_is_refused_with_the_ways_out(shared_drive, working_directory, capsys, script, folder):
     run(shared_drive, script=script)
     before = weights_in(Path(folder))
-    with pytest.raises(SystemExit) as stopped:
-        run_script(script.main, script.parse_args(["--data-path", str(shared_drive), *ONE, "--seed", "1"]))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 1 and error.count("\n") == 1
+    error = refusal(capsys, script, "--data-path", shared_drive, *ONE, "--seed", 1)
     assert f"{folder}: holds best_model.pth and last_model.pth of an earlier run" in error
     assert all(way in error for way in ("--resume auto", "--overwrite", "another --output-dir"))
     assert weights_in(Path(folder)) == before and not Path(folder, "run.lock").exists()

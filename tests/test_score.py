@@ -19,10 +19,10 @@ import train_multi_GPU
 from my_dataset import DriveDataset
 from src import create_model, segment
 from src.masks import read_binary_mask
-from tests.conftest import SMALL_RUN
+from tests.conftest import SMALL_RUN, refusal
 from tests.processes import in_processes
 from train_utils import evaluate, load_checkpoint, save_checkpoint
-from train_utils.command_line import UsageError, run_script
+from train_utils.command_line import UsageError
 from train_utils.data_loading import evaluation_loader
 from train_utils.scoring import Measurement, best_threshold, measure
 from train_utils.scoring.contact_sheet import SheetRow
@@ -78,11 +78,7 @@ test_only.__test__ = False
 
 
 def fails(capsys, *flags):
-    with pytest.raises(SystemExit) as stopped:
-        run_script(train.main, train.parse_args(["--output-dir", ".", "--test-only", *flags]))
-    assert stopped.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+    return refusal(capsys, train, "--output-dir", ".", "--test-only", *flags)
 
 
 def csv_rows(path="scores.csv"):

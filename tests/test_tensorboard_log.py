@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 import train
-from tests.conftest import SMALL_RUN
-from train_utils.command_line import run_script
+from tests.conftest import SMALL_RUN, refusal
 from train_utils.tensorboard_log import TensorBoardLog
 
 ROW = {"epoch": 3, "dice": 0.5, "iou": [0.9, 0.4], "lr": 0.01}
@@ -17,11 +16,7 @@ def test_missing_package(shared_drive, working_directory, monkeypatch, capsys):
     train.main(train.parse_args(flags))
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it now fails
-    flags += ["--tensorboard", "--overwrite"]
-    with pytest.raises(SystemExit) as stopped:
-        run_script(train.main, train.parse_args(flags))
-    assert stopped.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refusal(capsys, train, *flags, "--tensorboard", "--overwrite")
     assert line.endswith("--tensorboard: the package tensorboard is missing; run: pip install tensorboard")
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 

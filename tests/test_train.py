@@ -14,10 +14,9 @@ import torch
 import predict
 import train
 from src.errors import DatasetError
-from tests.conftest import SMALL_RUN
+from tests.conftest import SMALL_RUN, refusal
 from tests.test_checkpoint import save_as_the_tutorial
 from train_utils import fit, load_checkpoint
-from train_utils.command_line import run_script
 from train_utils.scoring.score import score_weights
 from train_utils.train_and_eval import NonFiniteLossError
 
@@ -29,13 +28,7 @@ def run(data, *flags):
 
 
 def fails(capsys, *flags):
-    """Run the script with flags that cannot work; return what it says, which must be one line."""
-    with pytest.raises(SystemExit) as stopped:
-        run_script(train.main, train.parse_args([*SMALL_RUN, *flags]))
-    assert stopped.value.code in (1, 2)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    return lines[0]
+    return refusal(capsys, train, *SMALL_RUN, *flags)
 
 
 def csv_rows():
