@@ -21,10 +21,9 @@ from src.colours import DRIVE_STD as DRIVE_STD
 from src.dataset_files import LabelledPhotograph, Split, root_names
 from src.errors import DatasetError
 from src.field_of_view import DRIVE_FOV_DIAMETER as DRIVE_FOV_DIAMETER
-from src.field_of_view import field_of_view_diameter, find_field_of_view
+from src.field_of_view import field_of_view_diameter, find_field_of_view, is_rectangle
 from src.masks import read_binary_mask, read_classes
 from src.photograph import read_photograph
-from src.reliability import is_rectangle
 from src.segment import match_scale, prepare_at_scale
 
 BACKGROUND, VESSEL, OUTSIDE = 0, 1, 255  # the values of a label; OUTSIDE the field of view nothing is learned or scored

@@ -120,6 +120,12 @@ def field_of_view_diameter(field_of_view: np.ndarray) -> float:
     return float(max(sides))
 
 
+def is_rectangle(retina: np.ndarray) -> bool:
+    """Whether a field of view fills the box around it: then no round border was found in the photograph."""
+    rows, columns = np.count_nonzero(retina.any(axis=1)), np.count_nonzero(retina.any(axis=0))
+    return bool(np.count_nonzero(retina) == rows * columns)
+
+
 def shows_two_discs(photograph: np.ndarray, retina: np.ndarray) -> bool:
     """Whether a photograph, uint8 [H, W, 3], holds two discs side by side, or one above the other.
 
@@ -134,7 +140,7 @@ def shows_two_discs(photograph: np.ndarray, retina: np.ndarray) -> bool:
     picture = np.asarray(_reduced(photograph, shrink))
     top, bottom, left, right = (int(value) // shrink for value in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
     height, width = bottom - top, right - left
-    no_rim = np.count_nonzero(retina) == len(rows) * len(columns)
+    no_rim = is_rectangle(retina)
     if max(height, width) > (SPLIT_FRAME if no_rim else SPLIT_DISC) * min(height, width):
         box = picture[top:bottom, left:right]
         return _splits_into_discs(box if width > height else box.transpose(1, 0, 2))

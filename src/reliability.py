@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .field_of_view import field_of_view_diameter, shows_two_discs, shrunk
+from .field_of_view import field_of_view_diameter, is_rectangle, shows_two_discs, shrunk
 from .photograph import LARGE, ROWS_AT_ONCE
 from .segment import Votes, nearest
 
@@ -129,12 +129,6 @@ def reasons_for_doubt(
         "low reliability": reliability is not None and reliability < LEAST_RELIABILITY,
     }
     return [reason for reason, applies in reasons.items() if applies]
-
-
-def is_rectangle(retina: np.ndarray) -> bool:
-    """Whether a field of view fills the box around it: then no round border was found in the photograph."""
-    rows, columns = np.count_nonzero(retina.any(axis=1)), np.count_nonzero(retina.any(axis=0))
-    return bool(np.count_nonzero(retina) == rows * columns)
 
 
 def brightness(photograph: np.ndarray, retina: np.ndarray) -> float:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from .colours import prepare
 from .errors import DatasetError
-from .field_of_view import field_of_view_diameter, find_field_of_view, shows_two_discs
+from .field_of_view import field_of_view_diameter, find_field_of_view, is_rectangle, shows_two_discs
 from .freed_memory import give_back_freed_memory
 from .inference import for_inference
 from .photograph import LARGE, read_photograph, to_rgb
-from .reliability import agreement_of_views, expected_dice, is_rectangle
+from .reliability import agreement_of_views, expected_dice
 from .segment import (
     ONE_SIZE,
     Votes,
