@@ -40,6 +40,11 @@ class LabelledPhotograph:
         return self.photograph.stem.split("_")[0]
 
     @property
+    def files(self) -> list[Path]:
+        """All that there are."""
+        return [file for file in (self.photograph, self.label, self.roi_mask, self.second_observer) if file is not None]
+
+    @property
     def digest(self) -> str:
         """What tells the photograph from any other, wherever it lies: the start of the SHA-256 of its file.
 

@@ -100,12 +100,7 @@ def _record_run(
     first_epoch: int | None,
 ) -> None:
     path = Path(args.output_dir, RUN)
-    files = [
-        file
-        for item in (*trained_on, *validated_on)
-        for file in (item.photograph, item.label, item.roi_mask, item.second_observer)
-        if file is not None
-    ]
+    files = [file for item in (*trained_on, *validated_on) for file in item.files]
     require_no_input([path.with_name(name) for name in WRITTEN], files, f"--output-dir {args.output_dir}")
     record = {
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),

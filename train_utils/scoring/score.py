@@ -310,8 +310,8 @@ def _require_other_folder(files: Sequence[LabelledPhotograph], args: argparse.Na
     """
     folder = os.path.realpath(args.output_dir)
     for item in files:
-        for file in (item.photograph, item.label, item.roi_mask, item.second_observer):
-            if file is not None and os.path.realpath(file.parent) == folder:
+        for file in item.files:
+            if os.path.realpath(file.parent) == folder:
                 raise UsageError(
                     f"--output-dir {args.output_dir}: holds {file.name} of the data; choose another folder"
                 )
