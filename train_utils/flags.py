@@ -289,5 +289,5 @@ def _defaults_of_weights(asked: argparse.Namespace, parser: argparse.ArgumentPar
     defaults = {name: checkpoint[name] for name in ("mean", "std", "normalization")}
     if checkpoint.get("tta"):  # without it, what the recipe says
         defaults |= {name: checkpoint[name] for name in ("tta", "tta_scales") if name in checkpoint}
-    defaults |= {"arch": model_args.get("arch", "unet"), "num_classes": model_args["num_classes"] - 1}
+    defaults |= {"arch": model_args["arch"], "num_classes": model_args["num_classes"] - 1}
     return defaults | ({"base_c": model_args["base_c"]} if "base_c" in model_args else {})

@@ -133,7 +133,6 @@ def train_one_epoch(
     model.train()
     metric_logger = MetricLogger(delimiter="  ", one_line=one_line)
     metric_logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
-    metric_logger.add_meter("loss", SmoothedValue())
     # Vessels are about an eighth of the pixels.
     loss_weight = torch.tensor([1.0, vessel_weight], device=device) if num_classes == 2 else None
 
@@ -162,7 +161,7 @@ def train_one_epoch(
             averaged.update_parameters(model.module if isinstance(model, DistributedDataParallel) else model)
 
         lr = optimizer.param_groups[0]["lr"]
-        metric_logger.update(loss=loss.detach(), lr=lr)
+        metric_logger.update(loss=loss, lr=lr)
         if step % check_freq == 0 and (step > 0 or device.type == "cpu"):
             _require_finite(metric_logger.meters["loss"], epoch, step)
     _require_finite(metric_logger.meters["loss"], epoch, len(data_loader) - 1)
