@@ -33,7 +33,7 @@ from train_utils.data_loading import evaluation_loader
 from train_utils.files import sha256_of, write_csv
 from train_utils.in_order import MOST_HELD
 from train_utils.prediction_table import PredictionTable, escaped
-from train_utils.synthetic_drive import synthetic_photograph, write_synthetic_drive
+from train_utils.synthetic_drive import synthetic_photograph
 from transforms import get_transform
 
 PROJECT = Path(predict.__file__).parent
@@ -1254,16 +1254,6 @@ def test_real_photographs_keep_their_scale(tmp_path, real_drive):
     for roi_mask in ([], ["--roi-mask", "auto"]):
         run("--weights", weights, "--image", *images, "--output", tmp_path / "out", *roi_mask)
         assert {row["scale"] for row in table(tmp_path / "out")} == {"1"}
-
-
-def test_training_stores_the_diameter(tmp_path, working_directory):
-    import train
-
-    data = write_synthetic_drive(tmp_path / "data", training=3, test=1, width=90, height=100)
-    flags = ["--data-path", str(data), "--base-c", "4", "--base-size", "80", "--crop-size", "48", "--epochs", "1"]
-    train.main(train.parse_args([*flags, "--device", "cpu"]))
-    _, checkpoint = load_model("save_weights/best_model.pth", CPU)
-    assert checkpoint["fov_diameter"] == pytest.approx(90 * 540 / 565, abs=1.5)
 
 
 @pytest.mark.parametrize(("large", "at_once"), [(80 * 72 - 1, 1), (80 * 72, 2)])
