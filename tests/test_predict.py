@@ -25,7 +25,7 @@ from src.segment import normalise, prepare_at_scale, segment
 from src.segmenter import PRETRAINED
 from tests.conftest import refusal
 from tests.pictures import disc
-from tests.test_checkpoint import save_as_the_tutorial
+from tests.test_checkpoint import RunsCode, save_as_the_tutorial
 from tests.test_photograph import make_broken
 from train_utils import load_model, prediction_table, save_checkpoint
 from train_utils.command_line import run_script
@@ -1044,17 +1044,10 @@ def test_wrong_weights(tmp_path, photographs, capsys):
     assert "nan.pth: the weights hold NaN" in message(save(tmp_path / "nan.pth", broken))
     grey = create_model(base_c=4, in_channels=1)
     assert "grey.pth: a model of 1 input channels" in message(save(tmp_path / "grey.pth", grey))
-    torch.save({"model": make_model().state_dict(), "args": RunsCode(tmp_path / "executed")}, tmp_path / "code.pth")
+    code = RunsCode(f"touch {tmp_path / 'executed'}")
+    torch.save({"model": make_model().state_dict(), "args": code}, tmp_path / "code.pth")
     assert "code.pth: refused" in message(tmp_path / "code.pth")
     assert not (tmp_path / "executed").exists() and not (tmp_path / "a.png").exists()
-
-
-class RunsCode:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 def test_wrong_photographs(tmp_path, weights, photographs, capsys):
