@@ -260,7 +260,6 @@ class Split:
 
     Attributes:
         val_split: the last photographs of each data set to hold out of its training part; 0: none, validate on the test
-        val_split: the last photographs of each data set to hold out of its training part; 0: none, validate on the test
             part (of a data set that has no parts, as None); None: as 0 where the test part has labels, else one in
             HELD_OUT_SHARE, and both eyes of a person.
         fold: (K, N): hold out the K-th of N parts of the training photographs, K from 1; both eyes of a person are in

@@ -1,4 +1,4 @@
-"""Batches whose content depends on (seed, epoch, sample) alone.
+"""Batches whose content depends on (seed, epoch, position in the epoch) alone.
 
 Neither the number of workers, nor what was drawn before, nor an interruption changes what an epoch holds; that is
 what makes a resumed run end in the same weights as an undisturbed one.
