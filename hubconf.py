@@ -1,4 +1,4 @@
-"""Entry points of `torch.hub`: `torch.hub.load(FOLDER_OR_REPOSITORY, "unet_fundus", source="local")`."""
+"""Entry points of `torch.hub`: `torch.hub.load(FOLDER, "unet_fundus", source="local")`."""
 
 import importlib.util
 import sys

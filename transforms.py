@@ -348,7 +348,7 @@ class SegmentationPresetRotation(Compose):
 
 
 class SegmentationPresetAnyCamera(Compose):
-    """As the rotation preset, with more of what differs between cameras: see `OtherCamera`, and scale and shape.
+    """Rotated and mirrored crops, with what differs between cameras: scale and shape, and see `OtherCamera`.
 
     The shorter side is 0.6 to 1.6 times `base_size`.
     """

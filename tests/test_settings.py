@@ -523,3 +523,9 @@ def test_defaults_on_a_gpu(shared_drive, working_directory, flags):
     assert settings["device_data"] is ("--no-device-data" not in flags)
     assert settings["channels_last"] is ("--amp" in flags)
     assert run(shared_drive, "--epochs", "3", "--device", "cuda", *flags, "--resume", "auto")["epoch"] == 2
+
+
+def test_the_help_shows_a_default_of_zero():
+    text = " ".join(train.get_parser().format_help().split())
+    assert "seed of all random numbers (default: 0)" in text
+    assert "(default: None)" not in text and "(default: False)" not in text and "(default: )" not in text

@@ -28,7 +28,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults except those that the help text explains, or that say nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
+        says_nothing = action.default is None or action.default is False or action.default == ""
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -44,8 +44,7 @@ def export_onnx(weights: str | Path, path: str | Path, settle: Callable[[Checkpo
     """Write a model as ONNX: `image` float32 [batch, C, height, width] -> `logits` [batch, num_classes, height, width].
 
     Batch size, height and width (from 32 pixels) are free. The image must be normalised. The metadata of the file hold
-    METADATA as JSON, `mean` and `std` of the channels in [0, 1]. Unless `normalization` is "dataset", apply
-    `src.colours.prepare` to photographs first.
+    METADATA as JSON, `mean` and `std` of the channels in [0, 1]. What else makes the masks of predict.py: README.
 
     Args:
         weights: the file of weights.

@@ -33,7 +33,9 @@ def add_training_flags(parser: Parser) -> None:
         "within minutes on a CPU; best: the highest Dice on DRIVE; any-camera: for photographs of other cameras",
     )
     group.add_argument(
-        "--resume", default="", help="continue from this checkpoint; auto: from the newest in --output-dir, if any"
+        "--resume",
+        default="",
+        help="continue from this checkpoint; auto: from the newest in --output-dir, if any (to score: the best)",
     )
     group = parser.group("data")
     group.add_argument(
@@ -116,7 +118,7 @@ def add_training_flags(parser: Parser) -> None:
         "--steps-per-epoch",
         type=at_least(1),
         metavar="N",
-        help="steps per epoch (default: each photograph once)",
+        help="steps per epoch (default: as many samples as there are photographs; of one data set each once)",
     )
     group.add_argument(
         "--optimizer", choices=["sgd", "adamw", "muon"], help="optimizer; muon: Muon for filters, AdamW for all else"
