@@ -6,7 +6,9 @@ import src.threads  # noqa: F401  # before torch is imported
 
 import argparse
 import functools
+import os
 import shlex
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,7 +76,8 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
         weights = Path(args.output_dir, BEST_MODEL)
         flags = ["--weights", weights, "--image", photograph, *(["--roi-mask", roi_mask] if roi_mask else [])]
         output = Path(args.output_dir, f"{photograph.stem}_vessels.png")
-        print(f"now try: {shlex.join(map(str, ['python', 'predict.py', *flags, '--output', output]))}")
+        command = ["python", "predict.py", *map(str, flags), "--output", str(output)]
+        print(f"now try: {subprocess.list2cmdline(command) if os.name == 'nt' else shlex.join(command)}")
 
 
 def make_demo_data(root: str | list[str]) -> None:

@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import functional as F
 
 from my_dataset import OUTSIDE
 from src.colours import ChannelNormalization, to_float
+from src.devices import to_device
 
 
 def pad_if_smaller(img: Any, size: int, fill: int = 0) -> Any:
@@ -181,14 +182,14 @@ class RandomAffineCrop:
                 [flip * sine / height, cosine / height, 2 * (centre_y - top) / height - 1],
             ]
         )
-        matrix = matrix.to(image.device, non_blocking=True)
+        matrix = to_device(matrix, image.device)
         grid = affine_grid(matrix[None], [1, 1, self.size, self.size], align_corners=False)
         if self.bend:
             points = 2 * points / torch.tensor([width, height])
-            field = _smooth(points.permute(0, 3, 1, 2).to(image.device, non_blocking=True), self.size)
+            field = _smooth(to_device(points.permute(0, 3, 1, 2), image.device), self.size)
             grid = grid + field.permute(0, 2, 3, 1)
         # Sampling gives 0 beyond the frame, so what the frame is to be filled with must be 0 meanwhile.
-        fill = self.fill.to(image.device, non_blocking=True)
+        fill = to_device(self.fill, image.device)
         image = grid_sample((image - fill)[None], grid, mode="bilinear", align_corners=False)[0] + fill
         shifted = target[None, None].float() - OUTSIDE
         target = grid_sample(shifted, grid, mode="nearest", align_corners=False)[0, 0] + OUTSIDE
@@ -229,14 +230,14 @@ class OtherCamera:
         device, size = image.device, image.shape[-1]
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape).to(device, non_blocking=True)
+            return to_device(torch.randn(shape), device)
 
         if float(torch.rand(())) < 0.3:
             image = _compressed(image, quality=int(20 + 70 * float(torch.rand(()))))
         image = self.normalise(image)  # [3, H, W]
         image = _bent(image, (0.06 * draw(3, 1, 1)).clamp(-LARGEST_BEND, LARGEST_BEND))
         mixing = torch.eye(3) + 0.15 * torch.randn(3, 3)  # of the channels
-        image = (mixing.to(device, non_blocking=True) @ image.flatten(1)).view_as(image)
+        image = (to_device(mixing, device) @ image.flatten(1)).view_as(image)
         contrast, light = 0.25 * draw(1, 1, 4, 4), 0.3 * draw(1, 1, 4, 4)
         image = image * (_smooth(contrast, size)[0] + 0.25 * draw(3, 1, 1)).exp() + _smooth(light, size)[0]
         image = image + 0.3 * draw(3, 1, 1)

@@ -26,6 +26,10 @@ all:
 """
 
 import os
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  # said here, because every script begins with this module
+    sys.exit(f"error: needs Python 3.10 or newer; this is {sys.version.split()[0]}")
 
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:  # what the user set stays
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

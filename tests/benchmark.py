@@ -23,7 +23,6 @@ import io
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -168,6 +167,8 @@ class Subject:
         """The most bytes so far, of the GPU or else of the whole process."""
         if self.device.type == "cuda":
             return {MEMORY: torch.cuda.max_memory_allocated()}
+        import resource  # not on Windows
+
         unit = 1 if sys.platform == "darwin" else 1024
         return {MEMORY: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 

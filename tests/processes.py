@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import resource
 import runpy
 import subprocess
 import sys
@@ -66,6 +65,8 @@ def _errors() -> TextIO:
 def _as_script(folder: str, script: str, flags: Sequence[str], address_space: int) -> None:
     os.environ |= {name: value for name, value in clean_environment().items() if name == "OMP_NUM_THREADS"}
     os.chdir(folder)
+    import resource
+
     resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
     torch.set_num_threads(1)
     sys.argv = [f"{script}.py", *flags]

@@ -3,7 +3,6 @@
 import argparse
 import copy
 import math
-import resource
 import shutil
 
 import pytest
@@ -251,6 +250,7 @@ def test_settings_of_the_optimizer_are_those_of_the_flags(content, shared_drive,
 
 
 def test_no_memory_goes_into_a_file_that_is_refused(content, tmp_path):
+    resource = pytest.importorskip("resource")
     path = altered(content, put("model_args", "base_c", 1000), tmp_path / "lies.pth")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:

@@ -2,7 +2,6 @@ import argparse
 import errno
 import os
 import pickle
-import resource
 
 import pytest
 import torch
@@ -161,6 +160,7 @@ def test_weights_that_are_not_finite(tmp_path, value):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
+    resource = pytest.importorskip("resource")
     path = tmp_path / "last_model.pth"
     save_checkpoint({"model": small_model().state_dict(), "epoch": 1}, path)
     before = path.read_bytes()

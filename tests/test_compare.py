@@ -82,3 +82,9 @@ def test_sets_without_a_photograph_in_common(files, tmp_path):
     relabelled = write(tmp_path / "relabelled.json", label="another observer's", p=0.8, q=0.7, r=0.9)
     with pytest.raises(compare.ScoresError, match="by other labels"):
         compare.report(files[0], [relabelled])
+
+
+def test_patterns_that_no_shell_has_replaced(files, tmp_path, capsys):
+    assert run(capsys, str(tmp_path / "[a-d].json")) == run(capsys, *files[0])
+    with pytest.raises(compare.ScoresError, match="no such|No such"):
+        run(capsys, str(tmp_path / "x*.json"))

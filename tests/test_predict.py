@@ -1,7 +1,6 @@
 import csv
 import os
 import re
-import resource
 import shutil
 import stat
 import subprocess
@@ -1007,6 +1006,7 @@ def test_forty_megapixels(tmp_path, weights):
 
 @pytest.mark.slow
 def test_forty_megapixels_by_tile(tmp_path, weights):
+    resource = pytest.importorskip("resource")
     huge = huge_photograph(tmp_path / "huge.png")
     command = [sys.executable, PROJECT / "predict.py", "--weights", weights, "--device", "cpu", "--scale", "1"]
     subprocess.run([*command, "--image", huge, "--output", tmp_path / "out"], check=True)

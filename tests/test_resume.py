@@ -5,7 +5,6 @@ import itertools
 import json
 import random
 import re
-import resource
 import signal
 import sys
 import time
@@ -275,6 +274,7 @@ def test_files_are_of_their_epoch_however_slow_the_disk(
 
 
 def test_a_full_disk_keeps_the_state_before(shared_drive, working_directory, capsys):
+    resource = pytest.importorskip("resource")
     run(shared_drive, "--epochs", 1)
     before = LAST.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -182,7 +182,7 @@ def init_distributed_mode(args: argparse.Namespace) -> None:
         if args.distributed:
             torch.cuda.set_device(local_rank)  # NCCL's
     args.rank, args.world_size, args.gpu = rank, world_size, local_rank
-    args.dist_backend = "nccl" if use_cuda else "gloo"
+    args.dist_backend = "nccl" if use_cuda and dist.is_nccl_available() else "gloo"  # Windows has no NCCL
     if args.distributed:
         try:
             store, rank, world_size = next(rendezvous(args.dist_url, rank, world_size))

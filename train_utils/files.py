@@ -5,7 +5,7 @@ import csv
 import hashlib
 import io
 import os
-import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +13,9 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from src.errors import UserError
+
+WINDOWS = os.name == "nt"
+SECONDS_IN_USE = 5.0  # that a file may be read by a virus scanner, or a copy to a cloud
 
 
 class OutputError(UserError):
@@ -41,12 +44,25 @@ def replace_whole(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        _replace(partial, path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({_reason(error)}); what stood there before is intact") from error
     finally:
         if os.path.exists(partial):
             partial.unlink()
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """`os.replace`; on Windows again and again for SECONDS_IN_USE, as long as another program has the file open."""
+    last = time.monotonic() + SECONDS_IN_USE
+    while True:
+        try:
+            os.replace(partial, path)
+            return
+        except PermissionError:
+            if not WINDOWS or time.monotonic() > last:
+                raise
+            time.sleep(0.1)
 
 
 def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -117,7 +133,8 @@ def _identities(path: str | Path) -> set[Any]:
     found: set[Any] = {os.path.realpath(path)}
     with contextlib.suppress(OSError):
         status = os.stat(path)
-        found.add((status.st_dev, status.st_ino))
+        if status.st_ino:  # some network drives number no files
+            found.add((status.st_dev, status.st_ino))
     return found
 
 
@@ -139,8 +156,11 @@ def make_output_folder(path: str | Path, flag: str) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        # On Windows, `tempfile` would try names without end where it may not write.
+        probe = path / f".{os.getpid()}.partial"
+        with open(probe, "wb"):
             pass
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{flag} {path}: cannot be written ({_reason(error)}); choose another folder") from error
     return path

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from my_dataset import OUTSIDE
+from src.devices import to_device
 from src.errors import UserError
 from src.inference import for_inference
 from src.segment import logits_in_tiles, logits_of_size
@@ -138,8 +139,8 @@ def train_one_epoch(
 
     check_freq = print_freq if device.type == "cpu" else max(print_freq, STEPS_UNCHECKED)
     for step, (image, target) in enumerate(metric_logger.log_every(data_loader, print_freq, f"Epoch: [{epoch}]")):
-        image = image.to(device, non_blocking=True)  # [N, C, H, W]
-        target = target.to(device, non_blocking=True)  # [N, H, W]
+        image = to_device(image, device)  # [N, C, H, W]
+        target = to_device(target, device)  # [N, H, W]
         with torch.autocast(device.type, dtype=amp_dtype, enabled=scaler is not None or amp_dtype is not None):
             outputs = model(image)
         # In float32, because sums over hundreds of thousands of pixels overflow half precision.
@@ -195,7 +196,7 @@ def evaluate(
     dice = DiceCoefficient(num_classes, ignore_index=OUTSIDE)
     metric_logger = MetricLogger(delimiter="  ")
     for image, target in metric_logger.log_every(data_loader, 100, "Test:"):
-        image, target = image.to(device, non_blocking=True), target.to(device, non_blocking=True)
+        image, target = to_device(image, device), to_device(target, device)
         logits = logits_of_size(logits_in_tiles(fast_model, image, amp_dtype), target.shape[-2:])
         confusion_matrix.update(target.flatten(), most_probable(logits).flatten())
         dice.update(logits, target, weight=len(image) if per_photograph else 1)

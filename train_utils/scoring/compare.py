@@ -8,6 +8,7 @@ scores.
 """
 
 import argparse
+import glob
 import json
 import math
 import statistics
@@ -101,7 +102,12 @@ def report(files: Sequence[str], against: Sequence[str]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    print(report(args.scores, args.against))
+    print(report(_matches(args.scores), _matches(args.against)))
+
+
+def _matches(names: Sequence[str]) -> list[str]:
+    """The files that patterns stand for, where the shell has not put them in their place (on Windows)."""
+    return [match for name in names for match in sorted(glob.glob(name)) or [name]]
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -10,6 +10,8 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
+from src.devices import to_device
+
 from ..dice_coefficient_loss import build_target, multiclass_dice_coeff
 from ..distributed_utils import sum_over_processes
 
@@ -58,7 +60,7 @@ class ConfusionMatrix:
         cells = torch.where(inside, n * target + prediction, n * n)
         counts = torch.zeros(n * n + 1, dtype=torch.int64, device=target.device)
         counts.scatter_add_(0, cells, torch.ones_like(cells))
-        self.mat = self.mat.to(target.device, non_blocking=True) + counts[:-1].view(n, n)
+        self.mat = to_device(self.mat, target.device) + counts[:-1].view(n, n)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Global accuracy (scalar), recall [num_classes] and IoU [num_classes], float64 in [0, 1].
@@ -97,7 +99,7 @@ class DiceCoefficient:
         prediction = build_target(most_probable(logits), self.num_classes)  # one-hot [N, num_classes, H, W]
         truth = build_target(target, self.num_classes, self.ignore_index)
         dice = multiclass_dice_coeff(prediction[:, 1:], truth[:, 1:], ignore_index=self.ignore_index)
-        self.cumulative_dice = self.cumulative_dice.to(dice.device, non_blocking=True) + dice * weight
+        self.cumulative_dice = to_device(self.cumulative_dice, dice.device) + dice * weight
         self.count += weight
 
     @property
