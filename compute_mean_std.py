@@ -15,6 +15,7 @@ from src.colours import channel_statistics
 from src.dataset_files import LabelledPhotograph, require_different, training_photographs
 from src.field_of_view import field_of_view_diameter
 from src.photograph import read_photograph
+from src.roi_mask import whole_retina
 from src.segment import match_scale
 from train_utils.command_line import Parser, run_script
 from train_utils.flags import add_data_path
@@ -39,6 +40,8 @@ def compute_mean_std(files: Iterable[LabelledPhotograph], diameter: float) -> tu
     for item in files:
         photograph = read_photograph(item.photograph)
         field_of_view = read_field_of_view(item, photograph)
+        if item.roi_mask is not None:
+            field_of_view = whole_retina(field_of_view, photograph)
         mean, std = channel_statistics(photograph, field_of_view)
         means.append(mean)
         stds.append(std)

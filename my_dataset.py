@@ -24,6 +24,7 @@ from src.field_of_view import DRIVE_FOV_DIAMETER as DRIVE_FOV_DIAMETER
 from src.field_of_view import field_of_view_diameter, find_field_of_view, is_rectangle
 from src.masks import read_binary_mask, read_classes
 from src.photograph import read_photograph
+from src.roi_mask import is_partial, whole_retina
 from src.segment import match_scale, prepare_at_scale
 
 BACKGROUND, VESSEL, OUTSIDE = 0, 1, 255  # the values of a label; OUTSIDE the field of view nothing is learned or scored
@@ -113,20 +114,21 @@ class DriveDataset(Dataset):
         self.faults: list[str] = []  # of files of second observers, which are left out
         for item in self.files:
             photograph, classes, field_of_view = _read_photograph(item, num_classes)
+            retina = field_of_view if item.roi_mask is None else whole_retina(field_of_view, photograph)
             label = np.where(field_of_view, classes, OUTSIDE).astype(np.uint8)
             if scale_of is not None:
-                scale = scale_of(photograph, field_of_view)
+                scale = scale_of(photograph, retina)
             else:
-                scale = match_scale(field_of_view_diameter(field_of_view), fov_diameter) if fov_diameter else 1.0
+                scale = match_scale(field_of_view_diameter(retina), fov_diameter) if fov_diameter else 1.0
             if detail is not None:
                 of_detail = min(scale * detail, 1.0)
-                image = prepare_at_scale(photograph, field_of_view, of_detail, prepare)
+                image = prepare_at_scale(photograph, retina, of_detail, prepare)
                 resized = label if of_detail == 1 else _resize_label(label, image.shape[:2])
                 self.details.append((of_detail / scale, image, resized))
-            photograph = prepare_at_scale(photograph, field_of_view, scale * zoom, prepare)
+            photograph = prepare_at_scale(photograph, retina, scale * zoom, prepare)
             if scale * zoom != 1 and resize_labels:
                 label = _resize_label(label, photograph.shape[:2])
-            self.without_border.append(is_rectangle(field_of_view))
+            self.without_border.append(is_rectangle(retina))
             self.scales.append(scale)
             self.images.append(photograph)
             self.labels.append(label)
@@ -266,7 +268,10 @@ def working_diameter(files: Iterable[LabelledPhotograph]) -> float:
     """
     by_root: dict[Path, list[float]] = {}
     for item in files:
-        by_root.setdefault(item.root, []).append(field_of_view_diameter(read_field_of_view(item)))
+        field_of_view = read_field_of_view(item)
+        if item.roi_mask is not None and is_partial(field_of_view):
+            field_of_view = whole_retina(field_of_view, read_photograph(item.photograph))
+        by_root.setdefault(item.root, []).append(field_of_view_diameter(field_of_view))
     return float(statistics.median_low(statistics.median(diameters) for diameters in by_root.values()))
 
 

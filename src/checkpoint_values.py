@@ -110,6 +110,7 @@ RULES: dict[str, Rule] = {
     "results": (_or_none(lambda value: _is_text(value) and re.fullmatch(r"results[\d-]+", value)), "results<time>"),
     "trained_on": (_list_of(_is_text), "a list of digests"),
     "validated_on": (_list_of(_is_text), "a list of digests"),
+    "trained_labels": (_list_of(_is_text), "a list of digests"),
     "validated_labels": (_list_of(_is_text), "a list of digests"),
     "compared_from": (_whole(0, 2**31), "a whole number of at least 0"),
     "selected_on": (_is_text, "a text"),

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -116,7 +117,10 @@ def find_photographs(folder: Path) -> list[Path]:
     """
     photographs = images_in(folder / "images")
     if not photographs:
-        raise DatasetError(f"{folder / 'images'}: no photographs there (tif, png, jpg, ...); unpack the data set again")
+        advice = "unpack the data set again"
+        if below := images_in(folder / "images", recursive=True):
+            advice = f"those in folders of it, as {below[0]}, are not taken; move them"
+        raise DatasetError(f"{folder / 'images'}: no photographs there (tif, png, jpg, ...); {advice}")
     return photographs
 
 
@@ -172,6 +176,11 @@ def match_masks(photographs: Sequence[Path], folder: str | Path) -> list[Path]:
     return found
 
 
+def _same(name: str) -> str:
+    """A name without what does not count: capitals, and how its accents are composed, which differs on a Mac."""
+    return unicodedata.normalize("NFC", name).lower()
+
+
 class _Companions:
     """The files of some folders, as companions of photographs."""
 
@@ -180,18 +189,15 @@ class _Companions:
         self.endings, self.drive_ending = endings, drive_ending
         self.by_stem: dict[str, list[Path]] = {}
         for file in (file for place in self.folders for file in images_in(place)):
-            self.by_stem.setdefault(file.stem.lower(), []).append(file)
+            self.by_stem.setdefault(_same(file.stem), []).append(file)
         self.taken: dict[Path, Path] = {}  # companion -> photograph
         self.faults: dict[Path, str] = {}  # by photograph
 
     def find(self, photograph: Path, kind: str, required: bool = False) -> Path | None:
-        stem, drive_name = photograph.stem.lower(), photograph.stem.split("_")[0] + self.drive_ending
+        stem, drive_name = photograph.stem, photograph.stem.split("_")[0] + self.drive_ending
         # A photograph is not its own companion, where photographs and masks lie in one folder.
-        files = self.by_stem.get(drive_name.lower()) or [
-            file
-            for ending in self.endings
-            for file in self.by_stem.get(stem + ending.lower(), [])
-            if file != photograph
+        files = self.by_stem.get(_same(drive_name)) or [
+            file for ending in self.endings for file in self.by_stem.get(_same(stem + ending), []) if file != photograph
         ]
         if not files:
             if required:
@@ -235,12 +241,21 @@ def training_photographs(root: str | Path) -> list[LabelledPhotograph]:
     Raises:
         DatasetError: there are none, or as `pair`.
     """
+    return pair(*_training_part(root))
+
+
+def _training_part(root: str | Path) -> tuple[str, Path]:
+    """The name of a data set's training part, or "all", and its folder.
+
+    Raises:
+        DatasetError: there is a test part alone.
+    """
     parts = find_parts(root)
-    part = next((part for part in ("training", "all") if part in parts), None)
-    if part is None:
-        folder = parts["test"].parent / "training" / "images"
-        raise DatasetError(f"--data-path {root}: has no training photographs; put them into {folder}")
-    return pair(part, parts[part])
+    for part in ("training", "all"):
+        if part in parts:
+            return part, parts[part]
+    folder = parts["test"].parent / "training" / "images"
+    raise DatasetError(f"--data-path {root}: has no training photographs; put them into {folder}")
 
 
 def photographs_to_score(root: str | Path) -> list[LabelledPhotograph]:
@@ -312,8 +327,7 @@ class Split:
         Raises:
             DatasetError: that leaves none to train on, or none to validate on.
         """
-        parts = find_parts(root)
-        folder = parts.get("training") or parts["all"]
+        parts, (_, folder) = find_parts(root), _training_part(root)
         photographs = find_photographs(folder)
         count = len(photographs)
         if self.val_split:

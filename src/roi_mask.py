@@ -31,9 +31,21 @@ def choose_field_of_view(path: Path, photograph: np.ndarray, choice: str | None)
         )
     if not field_of_view.any():
         raise PhotographError(f"--roi-mask {mask_path}: is black everywhere; the field of view must be white")
-    # A mask that is small in its frame may cover a part of the retina only. Scale and colours need the whole of it.
-    small = field_of_view_diameter(field_of_view) < 0.8 * min(height, width)
-    return field_of_view, find_field_of_view(photograph) | field_of_view if small else field_of_view
+    return field_of_view, whole_retina(field_of_view, photograph)
+
+
+def whole_retina(mask: np.ndarray, photograph: np.ndarray) -> np.ndarray:
+    """What the scale and the colours of a photograph, uint8 [H, W, 3], with an ROI mask follow from: bool [H, W].
+
+    It is the mask, bool [H, W]. One that is small in its frame may cover a part of the retina only; then it is what is
+    found in the photograph, with the mask.
+    """
+    return find_field_of_view(photograph) | mask if is_partial(mask) else mask
+
+
+def is_partial(mask: np.ndarray) -> bool:
+    """Whether an ROI mask, bool [H, W], may cover a part of the retina only."""
+    return field_of_view_diameter(mask) < 0.8 * min(mask.shape)
 
 
 def roi_mask_path(path: Path, choice: str | None) -> Path | None:

@@ -18,6 +18,7 @@ from .freed_memory import give_back_freed_memory
 from .inference import for_inference
 from .photograph import LARGE, read_photograph, to_rgb
 from .reliability import agreement_of_views, expected_dice
+from .roi_mask import whole_retina
 from .segment import (
     ONE_SIZE,
     Votes,
@@ -112,8 +113,8 @@ class Segmenter:
         Args:
             photograph: a file, a PIL image, or uint8 [H, W, 3]; grey [H, W] and [H, W, 4] too.
             field_of_view: where vessels count, bool [H, W] (or numbers, not 0); None: where the retina is.
-            retina: what scale and colours follow from, as that; None: the field of view if that is given, else what
-                is found in the photograph.
+            retina: what scale and colours follow from, as that; None: the field of view if that is given and not small
+                in its frame (`src.roi_mask.whole_retina`), else what is found in the photograph.
             threshold: probability above which a pixel is a vessel.
             scale: factor to resize the photograph by; None: see `working_scale`.
             flips: average over the views that the weights name, or over the four flips (where they name none, or sizes
@@ -129,7 +130,7 @@ class Segmenter:
         if retina is not None:
             retina = _as_mask("retina", retina, image)
         else:
-            retina = find_field_of_view(image) if field_of_view is None else field_of_view
+            retina = find_field_of_view(image) if field_of_view is None else whole_retina(field_of_view, image)
         if field_of_view is None:
             field_of_view = retina
         diameter = field_of_view_diameter(retina)

@@ -5,13 +5,13 @@ A checkpoint is a dict of tensors and plain values with the tutorial's keys (`mo
 photographs were normalised), `normalization` (unless it is "dataset", each was first brought to that mean and std, see
 `src.colours.prepare`), `fov_diameter` (the working diameter: pixels across the field of view that every photograph is
 brought to), `trained_scale` (what the training photographs were resized by for that), `close_ups` (whether most of them
-show no border of the field of view), `trained_on` and `validated_on` (digests of the photographs' files) and
-`validated_labels` (of the labels of these), `best_dice`, `history` (the rows of the results files) and `results` (their
-name), `selected_on` (the photographs that the best epoch was chosen on), `compared_from` (the first epoch whose Dice is
-on those), `tta` (whether to take the mean over views) and `tta_scales` (of these views, see `src.segment.views`). Some
-keys are optional: `training_model` (the weights to continue from) and `averaged_steps`, if `model` is an average,
-`threshold` (the probability above which a pixel is a vessel), and in files that were written again or published
-`normalization_assumed` (see `load_checkpoint`), `licence` and `provenance`.
+show no border of the field of view), `trained_on` and `validated_on` (digests of the photographs' files),
+`trained_labels` and `validated_labels` (of their labels), `best_dice`, `history` (the rows of the results files) and
+`results` (their name), `selected_on` (the photographs that the best epoch was chosen on), `compared_from` (the first
+epoch whose Dice is on those), `tta` (whether to take the mean over views) and `tta_scales` (of these views, see
+`src.segment.views`). Some keys are optional: `training_model` (the weights to continue from) and `averaged_steps`, if
+`model` is an average, `threshold` (the probability above which a pixel is a vessel), and in files that were written
+again or published `normalization_assumed` (see `load_checkpoint`), `licence` and `provenance`.
 `src.checkpoint_values` has a rule for each value.
 """
 

@@ -1,4 +1,5 @@
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,32 @@ def test_real_data_sets(real_drive):
         assert len(items) == count and all((item.roi_mask is not None) == masked for item in items)
         with Image.open(items[0].photograph) as photograph, Image.open(items[0].label) as label:
             assert photograph.size == label.size
+
+
+def test_a_test_part_alone_has_nothing_to_train_on(tmp_path):
+    plain(tmp_path / "test", 2)
+    for split in (Split(), Split(None), Split(1), Split(fold=(1, 2))):
+        with pytest.raises(DatasetError, match=r"has no training photographs; put them into .*training.images"):
+            split.divide(tmp_path)
+    with pytest.raises(DatasetError, match="has no training photographs"):
+        Split(None).held_out(tmp_path)
+
+
+def test_photographs_in_folders_of_images(tmp_path):
+    touch(tmp_path / "images" / "left" / "01.png")
+    with pytest.raises(
+        DatasetError, match=r"no photographs there .*those in folders of it, as .*01\.png, are not taken"
+    ):
+        pair("all", tmp_path)
+
+
+def test_accents_may_be_composed_in_two_ways(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Müller_É") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    touch(tmp_path / "images" / f"{decomposed}.png", tmp_path / "labels" / f"{composed}.png")
+    touch(tmp_path / "masks" / f"{composed}_mask.png")
+    (item,) = pair("all", tmp_path)
+    assert item.label.stem == composed and item.roi_mask.stem == f"{composed}_mask"
 
 
 @pytest.mark.parametrize(

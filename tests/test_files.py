@@ -87,5 +87,5 @@ def test_an_old_python_is_refused_in_one_line():
 
 @pytest.mark.parametrize(("device", "non_blocking"), [("cuda", True), ("mps", False)])
 def test_copies_to_a_device(device, non_blocking):
-    tensor = SimpleNamespace(to=lambda device, non_blocking: (device.type, non_blocking))
-    assert to_device(tensor, torch.device(device)) == (device, non_blocking)
+    tensor = SimpleNamespace(to=lambda device, non_blocking: (str(device), non_blocking))
+    assert to_device(tensor, device) == to_device(tensor, torch.device(device)) == (device, non_blocking)

@@ -12,19 +12,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import get_size, resize, to_image
 
 import compute_mean_std
+import predict
 import train
 import train_multi_GPU
 from my_dataset import OUTSIDE, DriveDataset, working_diameter
+from src import load_pretrained
 from src.dataset_files import pair
 from src.errors import DatasetError
 from tests.conftest import SMALL_RUN, refusal
+from tests.pictures import disc
 from tests.processes import in_processes
 from train_utils import fit, load_checkpoint, save_checkpoint
+from train_utils.checkpoint import add_to_checkpoint
 from train_utils.data_loading import TrainingSampler, open_datasets
+from train_utils.files import OutputError, sha256_of
 from train_utils.scoring import compare
 from train_utils.settings import settle
 from train_utils.synthetic_drive import write_synthetic_drive
@@ -288,6 +293,11 @@ def test_the_threshold_is_chosen_on_what_was_held_out(own, working_directory, ca
         with Image.open(path) as image:
             image = image.convert("L").convert("RGB")
         image.save(path)
+    run(*other)  # photographs of others: by the threshold that is stored
+    assert scores()["threshold"] == {"value": report["threshold"]["value"], "source": "auto: as the weights store it"}
+    content = load_checkpoint("out/best_model.pth")
+    del content["threshold"], content["path"]
+    save_checkpoint(content, "out/best_model.pth")
     assert "--threshold auto: --data-path other holds no photograph" in fails(capsys, *other)
 
 
@@ -717,3 +727,105 @@ def test_validation_sees_photographs_of_far_more_pixels_as_the_scores_do(drive, 
     training, validated = open_datasets(args, torch.device("cpu"))
     assert training.scales == [1.0] * 6
     assert validated.scales == pytest.approx([(1 / 3 / 1.5) ** 0.5] * 4, rel=0.02)
+
+
+def partial_masks(own, root):
+    """Photographs whose ROI masks show a part of the retina alone."""
+    shutil.copytree(own, root)
+    for path in (root / "masks").iterdir():
+        with Image.open(path) as image:
+            Image.fromarray(disc(image.height, image.width, 40)).save(path)
+    return root
+
+
+def test_scale_and_colours_follow_from_the_whole_retina_everywhere(own, tmp_path, working_directory):
+    """In training, scores and predictions, though vessels count inside the ROI masks alone."""
+    parts = partial_masks(own, tmp_path / "parts")
+    assert working_diameter(pair("all", parts)) == pytest.approx(working_diameter(pair("all", own)), abs=3)
+    run("--data-path", parts, "--epochs", 2, "--normalization", "local", "--fov-diameter", 120, "--val-split", 1)
+    photographs = DriveDataset.of(pair("all", parts), fov_diameter=120)
+    assert photographs.scales == pytest.approx(DriveDataset.of(pair("all", own), fov_diameter=120).scales, abs=0.1)
+    trained = ["--test-only", "--resume", "out/best_model.pth", "--fold", "1/2"]
+    run("--data-path", parts, *trained)
+    expected = scores()["field_of_view"]["model"]["pooled"]
+    flags = [
+        "--weights",
+        "out/best_model.pth",
+        "--device",
+        "cpu",
+        "--image",
+        str(parts / "images"),
+        "--output",
+        "masks",
+    ]
+    predict.main(predict.parse_args([*flags, "--roi-mask", str(parts / "masks")]))
+    run("--data-path", parts, "--test-only", "--masks", "masks", "--fold", "1/2")
+    found = scores()["field_of_view"]["model"]["pooled"]
+    assert found["dice"] == expected["dice"] and found["sensitivity"] == expected["sensitivity"]
+    segmenter = load_pretrained("out/best_model.pth")
+    mask = np.array(Image.open(next((parts / "masks").iterdir()))) > 0
+    photograph = next((parts / "images").iterdir())
+    assert segmenter(photograph, mask).scale == pytest.approx(segmenter(photograph).scale, abs=0.1)
+
+
+def test_test_only_tells_of_labels_and_roi_masks(own, tmp_path, working_directory, capsys):
+    shutil.copytree(own, tmp_path / "own")
+    label = next((tmp_path / "own" / "labels").iterdir())
+    with Image.open(label) as image:
+        inverted = ImageOps.invert(image.convert("L"))
+    inverted.save(label)
+    shutil.rmtree(tmp_path / "own" / "masks")
+    run("--data-path", own, "--epochs", 1)
+    (working_directory / "found").mkdir()
+    for item in pair("all", own):
+        shutil.copyfile(item.label, working_directory / "found" / f"{item.photograph.stem}.bmp")
+    for flags in (["--resume", "out/best_model.pth", "--fold", "1/2"], ["--masks", "found"]):
+        capsys.readouterr()
+        run("--data-path", tmp_path / "own", "--test-only", *flags, "--output-dir", "scores")
+        output = capsys.readouterr().out
+        if "--masks" in flags:
+            assert "labels of own, 0 have no vessels, and 1 have vessels in more than half" in output
+        assert "photographs have no ROI mask" in output
+
+
+def test_masks_of_those_that_a_run_held_out(own, working_directory):
+    """Another program is scored on the photographs that a run with the same flag is scored on."""
+    run("--data-path", own, "--epochs", 1, "--val-split", 2)
+    held_out = scores()["photographs"]
+    Path("found").mkdir()
+    for item in pair("all", own):
+        shutil.copyfile(item.label, Path("found", f"{item.photograph.stem}.bmp"))
+    run("--data-path", own, "--test-only", "--masks", "found", "--val-split", 2)
+    assert scores()["photographs"] == held_out and len(held_out) == 2
+
+
+def test_weights_that_change_while_they_are_scored(own, working_directory, capsys, monkeypatch):
+    """The scores name the file that was scored, and no threshold goes into another one."""
+    run("--data-path", own, "--epochs", 1, "--val-split", 2)
+    shutil.copyfile("out/best_model.pth", "mine.pth")
+    before = sha256_of("mine.pth")
+    scoring = sys.modules["train_utils.scoring.score"]
+    measure = scoring.measure
+
+    def replaced_meanwhile(*arguments, **keywords):
+        shutil.copyfile("out/last_model.pth", "mine.pth")
+        add_to_checkpoint("mine.pth", note="of another epoch")
+        return measure(*arguments, **keywords)
+
+    monkeypatch.setattr(scoring, "measure", replaced_meanwhile)
+    run("--data-path", own, "--test-only", "--resume", "mine.pth", "--threshold", "auto")
+    assert "the threshold is not stored: mine.pth was replaced meanwhile" in capsys.readouterr().out
+    assert scores()["sha256"] == before and "threshold" not in load_checkpoint("mine.pth")
+
+
+def test_a_threshold_that_cannot_be_stored(own, working_directory, capsys, monkeypatch):
+    run("--data-path", own, "--epochs", 1, "--val-split", 2)
+
+    def refuse(path, **values):
+        raise OutputError(f"{path}: cannot be written (Read-only file system)")
+
+    monkeypatch.setattr(sys.modules["train_utils.scoring.score"], "add_to_checkpoint", refuse)
+    Path("out/scores.json").unlink()
+    run("--data-path", own, "--test-only", "--resume", "out/best_model.pth", "--threshold", "auto")
+    assert "the threshold is not stored: out/best_model.pth: cannot be written" in capsys.readouterr().out
+    assert scores()["threshold"]["source"].startswith("auto: best Dice")

@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -182,7 +183,7 @@ def test_other_photographs_to_validate_on(shared_drive, working_directory):
     assert checkpoint["selected_on"] == "test" and checkpoint["best_dice"] < 0.99
 
 
-@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("epochs", [2, 3])
 def test_the_best_epoch_is_chosen_anew_on_other_photographs(
     shared_drive, working_directory, capsys, monkeypatch, epochs
 ):
@@ -213,6 +214,32 @@ def test_the_best_epoch_is_chosen_anew_on_other_photographs(
         run(shared_drive, "--epochs", epochs + 1, "--val-split", 1, "--resume", "auto")
         assert drawn == list(range(1, epochs + 1))  # the Dice of epoch 0 was on others
     assert "chosen anew" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", ["photographs", "labels"])
+def test_a_finished_run_keeps_its_files_when_what_is_held_out_changes(drive, working_directory, changed):
+    run(drive, "--epochs", 1, "--val-split", 2)
+    before = {path.name: path.read_bytes() for path in LAST.parent.iterdir()}
+    split = 2
+    if changed == "labels":
+        first, second = sorted((drive / "DRIVE/training/1st_manual").iterdir())[-2:]
+        shutil.copyfile(first, second)
+    else:
+        split = 1
+    with pytest.raises(UsageError, match=r"last_model\.pth: its 1 epochs are done, .* raise --epochs"):
+        run(drive, "--epochs", 1, "--val-split", split, "--resume", "auto")
+    assert {path.name: path.read_bytes() for path in LAST.parent.iterdir()} == before
+    run(drive, "--epochs", 2, "--val-split", split, "--resume", "auto")
+
+
+def test_changed_labels_of_the_training_are_told(drive, working_directory, capsys):
+    run(drive, "--epochs", 1)
+    labels = sorted((drive / "DRIVE/training/1st_manual").iterdir())
+    run(drive, "--epochs", 2, "--resume", "auto")
+    assert "labels of the training" not in capsys.readouterr().out
+    shutil.copyfile(labels[0], labels[1])
+    run(drive, "--epochs", 3, "--resume", "auto")
+    assert "changed since the checkpoint: labels of the training, or photographs were taken" in capsys.readouterr().out
 
 
 def test_data_sets_in_another_order_keep_the_best(shared_drive, working_directory):

@@ -72,13 +72,8 @@ def open_datasets(args: argparse.Namespace, device: torch.device) -> tuple[Drive
     if is_main_process():
         trained, validated = datasets
         print(f"training on {len(trained)} photographs, validating on {len(validated)} ({describe(validated.files)})")
-        _warn_of_labels(datasets)
-    without = [item for data in datasets for item in data.files if item.roi_mask is None]
-    if without and is_main_process():
-        print(
-            f"{len(without)} of {sum(map(len, datasets))} photographs have no ROI mask ({without[0].photograph}"
-            f"{', ...' if len(without) > 1 else ''}): their fields of view are found in the photographs"
-        )
+        warn_of_labels(datasets)
+        tell_of_missing_roi_masks(datasets)
     return datasets[0], datasets[1]
 
 
@@ -106,7 +101,17 @@ def _on_device(data: DriveDataset, device: torch.device) -> DriveDataset:
     return moved
 
 
-def _warn_of_labels(datasets: Iterable[DriveDataset]) -> None:
+def tell_of_missing_roi_masks(datasets: Sequence[DriveDataset]) -> None:
+    """Say how many photographs have no ROI mask, if any."""
+    without = [item for data in datasets for item in data.files if item.roi_mask is None]
+    if without:
+        print(
+            f"{len(without)} of {sum(map(len, datasets))} photographs have no ROI mask ({without[0].photograph}"
+            f"{', ...' if len(without) > 1 else ''}): their fields of view are found in the photographs"
+        )
+
+
+def warn_of_labels(datasets: Iterable[DriveDataset]) -> None:
     """Say of each data set how many labels can hardly be right: without any vessel, or with hardly anything else."""
     files = [item for data in datasets for item in data.files]
     shares = [share for data in datasets for share in data.vessel_shares()]

@@ -154,6 +154,11 @@ def _resume_or_pretrain(
     args = state.args
     if checkpoint is not None:
         state.restore(checkpoint)
+        if state.epoch >= args.epochs and state.other_photographs and val_loaders:
+            raise UsageError(
+                f"--resume {checkpoint['path']}: its {state.epoch} epochs are done, and the photographs that are held "
+                "out, or their labels, are others now; raise --epochs to go on, or score its weights by --test-only"
+            )
         if state.epoch >= args.epochs and is_main_process():
             print(f"nothing left to train: {state.epoch} epochs are done; raise --epochs {args.epochs} for more")
         if state.best_dice is None:

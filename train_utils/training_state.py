@@ -76,6 +76,7 @@ class TrainingState:
         self.device = device
         self.selected_on = describe(validated_on)  # the photographs that the best epoch is chosen on, in words
         self.trained_on = [item.digest for item in trained_on]
+        self.trained_labels = [item.label_digest for item in trained_on]
         self.validated_on = [item.digest for item in validated_on]
         self.validated_labels = [item.label_digest for item in validated_on]
         self._held_out = validated_on
@@ -91,6 +92,7 @@ class TrainingState:
         self.best_dice: float | None = -1.0  # the first epoch is always an improvement
         self.compared_from = 0  # the first epoch whose Dice is on these photographs to validate on
         self.new_photographs = 0  # how many of those trained on a checkpoint does not know
+        self.other_training_labels = False  # whether a checkpoint was trained on others
         self.other_photographs = False  # whether a checkpoint's Dice is on others
         self.results = ResultsFiles()
         self.saved_in: str | None = None  # the file that holds the state before the epoch to come
@@ -145,6 +147,7 @@ class TrainingState:
             "best_dice": self.best_dice,
             "selected_on": self.selected_on,
             "trained_on": self.trained_on,
+            "trained_labels": self.trained_labels,
             "validated_on": self.validated_on,
             "validated_labels": self.validated_labels,
             "compared_from": self.compared_from,
@@ -210,6 +213,8 @@ class TrainingState:
 
     def _take_over_photographs(self, checkpoint: Checkpoint) -> None:
         self.new_photographs = len(set(self.trained_on) - set(checkpoint.get("trained_on", self.trained_on)))
+        before = checkpoint.get("trained_labels", self.trained_labels)
+        self.other_training_labels = sorted(before) != sorted(self.trained_labels)
         self._count_as_trained_on(checkpoint)
         # A Dice on other photographs or labels cannot be compared with those of the next epochs.
         self.other_photographs = (
@@ -254,6 +259,8 @@ class TrainingState:
         ]
         if self.new_photographs and is_main_process():
             print(f"changed since the checkpoint: {self.new_photographs} of the training photographs are new")
+        elif self.other_training_labels and is_main_process():
+            print("changed since the checkpoint: labels of the training, or photographs were taken out of it")
         if self.other_photographs and is_main_process():
             print(
                 "changed since the checkpoint: the photographs that are held out, or their labels; the best epoch is "

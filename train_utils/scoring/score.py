@@ -27,9 +27,9 @@ from transforms import get_transform
 
 from ..checkpoint import BEST_MODEL, LAST_MODEL, add_to_checkpoint, warn_of_unknown_training
 from ..command_line import UsageError
-from ..data_loading import reading, require_classes
+from ..data_loading import reading, require_classes, tell_of_missing_roi_masks, warn_of_labels
 from ..distributed_utils import is_main_process, on_main_process
-from ..files import sha256_of, write_picture
+from ..files import OutputError, sha256_of, write_picture
 from ..memory import explain_out_of_memory
 from ..normalization import settle_normalization
 from ..settings import fold, require_two_classes_for_threshold, require_use_of_scales, roots
@@ -88,7 +88,7 @@ def score_weights(path: str | Path, device: torch.device, args: argparse.Namespa
         train_utils.files.OutputError: a file cannot be written.
     """
     # The main process alone reads the file: the other machines of a run may not see it.
-    checkpoint = on_main_process(_load_without_training_state, path)
+    sha256, checkpoint = on_main_process(_load_without_training_state, path)
     if (channels := checkpoint["model_args"].get("in_channels", 3)) != 3:
         raise CheckpointError(f"{path}: a model of {channels} input channels; photographs have 3: give other weights")
     preparation = _preparation(checkpoint)
@@ -101,12 +101,16 @@ def score_weights(path: str | Path, device: torch.device, args: argparse.Namespa
     smaller = "use --device cpu" if device.type != "cpu" else "name fewer or smaller photographs by --data-path"
     with explain_out_of_memory(smaller):
         model = build_model(checkpoint, device)
-        threshold = _settle_threshold(model, checkpoint, device, args, how, files, to_be_stored=as_stored)
+        threshold, of_views = _settle_threshold(model, checkpoint, device, args, how, files)
         photographs = _open(files, model, checkpoint, how)
+        if args.test_only:
+            _tell_of_labels(photographs)
         _report_faults(photographs)
         measurement = measure(model, photographs, device, threshold.value, **how)
-    # After a threshold was stored in it.
-    sha256 = on_main_process(sha256_of, path)
+    if of_views and as_stored:
+        sha256 = on_main_process(_store_threshold, path, sha256, {"threshold": threshold.value} | of_views)
+    elif of_views and is_main_process():
+        print(f"--threshold auto: not stored in {path}, whose photographs are prepared in another way")
     _report(measurement, Origin.of(checkpoint, threshold, how["tta"], how["scales"], sha256), args)
 
 
@@ -120,6 +124,7 @@ def score_masks(folder: str | Path, args: argparse.Namespace) -> None:
     files = _files_to_score(args)
     masks = match_masks([item.photograph for item in files], folder)
     photographs = DriveDataset.of(files, num_classes=args.num_classes)
+    _tell_of_labels(photographs)
     _report_faults(photographs)
     _report(measure_masks(masks, photographs, args.num_classes), Origin(f"masks in {folder}"), args)
 
@@ -195,6 +200,13 @@ def _write_and_print(measurement: Measurement, origin: Origin, folder: Path) -> 
     print(format_report(report, measurement), flush=True)
 
 
+def _tell_of_labels(photographs: DriveDataset) -> None:
+    """Say what a training would say of these labels and ROI masks."""
+    if is_main_process():
+        warn_of_labels([photographs])
+        tell_of_missing_roi_masks([photographs])
+
+
 def _report_faults(photographs: DriveDataset) -> None:
     if is_main_process():
         for fault in photographs.faults:
@@ -243,9 +255,23 @@ def _best_weights(
     return None
 
 
-def _load_without_training_state(path: str | Path) -> Checkpoint:
+def _load_without_training_state(path: str | Path) -> tuple[str, Checkpoint]:
+    """The SHA-256 of a file of weights, and what it holds."""
     training_state = ("optimizer", "lr_scheduler", "history", "training_model")
-    return {name: value for name, value in load_checkpoint(path).items() if name not in training_state}
+    checkpoint = {name: value for name, value in load_checkpoint(path).items() if name not in training_state}
+    return sha256_of(path), checkpoint
+
+
+def _store_threshold(path: str | Path, sha256: str, values: Mapping[str, Any]) -> str:
+    """Add a threshold to the file of weights that it was chosen for; return the SHA-256 of what is scored."""
+    try:
+        if sha256_of(path) == sha256:
+            add_to_checkpoint(path, **values)
+            return sha256_of(path)
+        print(f"warning: the threshold is not stored: {path} was replaced meanwhile; score a copy of it")
+    except OutputError as error:
+        print(f"warning: the threshold is not stored: {error}")
+    return sha256
 
 
 def _preparation(checkpoint: Checkpoint) -> tuple[Any, ...]:
@@ -277,7 +303,9 @@ def _open(
 
 
 def _files_to_score(args: argparse.Namespace, checkpoint: Checkpoint | None = None) -> list[LabelledPhotograph]:
-    """The photographs to score: without a checkpoint all, with one those that its weights were not trained on."""
+    """The photographs to score: without a checkpoint all (or those that `args.val_split` holds out of the training
+    part), with one those that its weights were not trained on.
+    """
     files = []
     for root in roots(args):
         if fold(args):
@@ -287,6 +315,8 @@ def _files_to_score(args: argparse.Namespace, checkpoint: Checkpoint | None = No
         if checkpoint is not None and "trained_on" not in checkpoint and photographs[0].part == "training":
             # The run did not record its photographs. It was an earlier version's, or the tutorial's, on DRIVE.
             photographs = Split(checkpoint["args"].get("val_split") or None).divide(root)[1]
+        if checkpoint is None and args.val_split and photographs[0].part != "test":  # of masks, as of a run's weights
+            photographs = Split(args.val_split).divide(root)[1]
         files += photographs
     require_different(files)
     if checkpoint is not None and any(item.part == "training" for item in files):
@@ -324,46 +354,49 @@ def _settle_threshold(
     args: argparse.Namespace,
     how: Mapping[str, Any],
     scored: Sequence[LabelledPhotograph],
-    to_be_stored: bool,
-) -> Threshold:
-    """The threshold that the flag gives; or with "auto" the best one, which may be stored in the file of weights.
+) -> tuple[Threshold, dict[str, Any]]:
+    """The threshold that the flag gives; or with "auto" the best one, with the views that it holds with, to be stored.
 
     It is chosen on the photographs that the weights' own run held out; where it held out none, on those it trained on.
-    Where those held out are `scored` too, as without labels of test photographs, its origin says so.
+    Where those held out are `scored` too, as without labels of test photographs, its origin says so. Where none of
+    these are in the data, it is the one that the weights store.
     """
     classes = model.model_args["num_classes"]
     require_two_classes_for_threshold(classes, args.threshold)
     if classes > 2:
-        return Threshold(None, "the most probable class counts; every class but 0 is a vessel")
+        return Threshold(None, "the most probable class counts; every class but 0 is a vessel"), {}
     if args.threshold != "auto":
-        return Threshold(args.threshold, "--threshold")
+        return Threshold(args.threshold, "--threshold"), {}
     files, held_out = _files_for_threshold(checkpoint, args)
+    if not files:
+        return Threshold(checkpoint["threshold"], "auto: as the weights store it"), {}
     value = best_threshold(model, _open(files, model, checkpoint, how), device, **how)
-    # The threshold holds with these views alone.
-    of_views = {"tta_scales": list(how["scales"])} if how["tta"] else {}
-    if to_be_stored:
-        on_main_process(add_to_checkpoint, checkpoint["path"], threshold=value, tta=how["tta"], **of_views)
-    elif is_main_process():
-        print(f"--threshold auto: not stored in {checkpoint['path']}, whose photographs are prepared in another way")
+    of_views = {"tta": how["tta"]} | ({"tta_scales": list(how["scales"])} if how["tta"] else {})
     origin = f"auto: best Dice on {describe(files) if held_out else 'training'} photographs"
     chosen_on = {item.digest for item in files}
     if same := sum(item.digest in chosen_on for item in scored):
         some = f"; {same} of the {len(scored)} that are scored are among them"
         origin += ", the ones that are scored" if same == len(scored) else some
         origin += ": these scores are a little too high"
-    return Threshold(value, origin)
+    return Threshold(value, origin), of_views
 
 
 def _files_for_threshold(checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[list[LabelledPhotograph], bool]:
-    """Training photographs to choose a threshold on, and whether they were held out."""
+    """Training photographs to choose a threshold on, and whether they were held out; none: the weights store one.
+
+    Raises:
+        UsageError: there are none, and the weights store no threshold.
+    """
     if "trained_on" in checkpoint:
         files = [item for root in roots(args) for item in training_photographs(root)]
         for digests, held_out in ((checkpoint.get("validated_on", ()), True), (checkpoint["trained_on"], False)):
             if known := [item for item in files if item.digest in digests]:
                 return known, held_out
+        if "threshold" in checkpoint:
+            return [], False
         raise UsageError(
             f"--threshold auto: --data-path {' '.join(roots(args))} holds no photograph that {checkpoint['path']} was "
-            "trained on or that was held out; give the data of that run, or a number"
+            "trained on or that was held out, and these weights store none; give the data of that run, or a number"
         )
     val_split = checkpoint["args"].get("val_split", args.val_split) or 0
     training, validated = Split(val_split).divide(args.data_path, test_needed=False)
