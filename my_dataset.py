@@ -23,7 +23,7 @@ from src.errors import DatasetError
 from src.field_of_view import DRIVE_FOV_DIAMETER as DRIVE_FOV_DIAMETER
 from src.field_of_view import field_of_view_diameter, find_field_of_view, is_rectangle
 from src.masks import read_binary_mask, read_classes
-from src.photograph import read_photograph
+from src.photograph import is_turned, read_photograph
 from src.roi_mask import is_partial, whole_retina
 from src.segment import match_scale, prepare_at_scale
 
@@ -306,9 +306,10 @@ def require_size(path: Path | None, array: np.ndarray, photograph: Path, size: t
         DatasetError: it has another.
     """
     if array.shape != size:
+        turned = " (turned by its EXIF orientation)" if is_turned(photograph) else ""
         raise DatasetError(
             f"{path}: is {array.shape[1]} x {array.shape[0]} pixels, but its photograph {photograph} is "
-            f"{size[1]} x {size[0]}; they must match"
+            f"{size[1]} x {size[0]}{turned}; they must match"
         )
 
 

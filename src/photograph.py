@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from .errors import DatasetError
 from .freed_memory import give_back_freed_memory
@@ -86,6 +86,16 @@ def image_size(path: str | Path) -> tuple[int, int]:
         PhotographError: as `load_image`.
     """
     return load_image(path).size
+
+
+def is_turned(path: str | Path) -> bool:
+    """Whether an image file is shown another way up than it is stored, by its EXIF orientation.
+
+    Raises:
+        PhotographError: as `load_image`, except that damage within the picture is not found.
+    """
+    with _open(path) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
 
 
 def page_and_pages(path: str | Path) -> tuple[int, int]:

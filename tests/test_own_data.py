@@ -829,3 +829,25 @@ def test_a_threshold_that_cannot_be_stored(own, working_directory, capsys, monke
     run("--data-path", own, "--test-only", "--resume", "out/best_model.pth", "--threshold", "auto")
     assert "the threshold is not stored: out/best_model.pth: cannot be written" in capsys.readouterr().out
     assert scores()["threshold"]["source"].startswith("auto: best Dice")
+
+
+def test_photographs_that_exif_turns(own, tmp_path, working_directory, capsys):
+    """Their labels are taken as they are, and it is said so; where these do not fit, the message says why."""
+    shutil.copytree(own, tmp_path / "own")
+    first, second = sorted((tmp_path / "own" / "images").iterdir())[:2]
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(first) as image:
+        image.load()
+    image.save(first, exif=exif)
+    run("--data-path", tmp_path / "own", "--epochs", 1)
+    output = capsys.readouterr().out
+    assert "the EXIF orientation turns 1 photographs and not their labels" in output and f"({first})" in output
+    exif[0x0112] = 6
+    with Image.open(second) as image:
+        image.load()
+    image.save(second, exif=exif)
+    (tmp_path / "own" / "masks" / f"{second.stem}.tif").unlink()
+    message = fails(capsys, "--data-path", tmp_path / "own", "--epochs", 1)
+    assert "22_eye_vessels.bmp: is 80 x 72 pixels, but its photograph" in message
+    assert "is 72 x 80 (turned by its EXIF orientation); they must match" in message

@@ -23,6 +23,7 @@ from src.colours import Normalization, prepare
 from src.dataset_files import describe, root_names
 from src.errors import DatasetError
 from src.field_of_view import field_of_view_diameter
+from src.photograph import is_turned
 from src.segment import match_scale
 from transforms import get_transform
 
@@ -112,8 +113,17 @@ def tell_of_missing_roi_masks(datasets: Sequence[DriveDataset]) -> None:
 
 
 def warn_of_labels(datasets: Iterable[DriveDataset]) -> None:
-    """Say of each data set how many labels can hardly be right: without any vessel, or with hardly anything else."""
+    """Say of each data set how many labels can hardly be right: without any vessel, or with hardly anything else.
+
+    Say too where a photograph is turned by its EXIF orientation, and its label is not.
+    """
     files = [item for data in datasets for item in data.files]
+    turned = [item.photograph for item in files if is_turned(item.photograph) and not is_turned(item.label)]
+    if turned:
+        print(
+            f"warning: the EXIF orientation turns {len(turned)} photographs and not their labels, which is right if "
+            f"these were drawn on the turned ones ({turned[0]}{', ...' if len(turned) > 1 else ''})"
+        )
     shares = [share for data in datasets for share in data.vessel_shares()]
     for root, name in root_names(files).items():
         labels = {item.label: share for item, share in zip(files, shares, strict=True) if item.root == root}
