@@ -270,7 +270,9 @@ def working_diameter(files: Iterable[LabelledPhotograph]) -> float:
     for item in files:
         field_of_view = read_field_of_view(item)
         if item.roi_mask is not None and is_partial(field_of_view):
-            field_of_view = whole_retina(field_of_view, read_photograph(item.photograph))
+            photograph = read_photograph(item.photograph)
+            require_size(item.roi_mask, field_of_view, item.photograph, photograph.shape[:2])
+            field_of_view = whole_retina(field_of_view, photograph)
         by_root.setdefault(item.root, []).append(field_of_view_diameter(field_of_view))
     return float(statistics.median_low(statistics.median(diameters) for diameters in by_root.values()))
 

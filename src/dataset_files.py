@@ -176,7 +176,7 @@ def match_masks(photographs: Sequence[Path], folder: str | Path) -> list[Path]:
     return found
 
 
-def _same(name: str) -> str:
+def comparable(name: str) -> str:
     """A name without what does not count: capitals, and how its accents are composed, which differs on a Mac."""
     return unicodedata.normalize("NFC", name).lower()
 
@@ -189,15 +189,18 @@ class _Companions:
         self.endings, self.drive_ending = endings, drive_ending
         self.by_stem: dict[str, list[Path]] = {}
         for file in (file for place in self.folders for file in images_in(place)):
-            self.by_stem.setdefault(_same(file.stem), []).append(file)
+            self.by_stem.setdefault(comparable(file.stem), []).append(file)
         self.taken: dict[Path, Path] = {}  # companion -> photograph
         self.faults: dict[Path, str] = {}  # by photograph
 
     def find(self, photograph: Path, kind: str, required: bool = False) -> Path | None:
         stem, drive_name = photograph.stem, photograph.stem.split("_")[0] + self.drive_ending
         # A photograph is not its own companion, where photographs and masks lie in one folder.
-        files = self.by_stem.get(_same(drive_name)) or [
-            file for ending in self.endings for file in self.by_stem.get(_same(stem + ending), []) if file != photograph
+        files = self.by_stem.get(comparable(drive_name)) or [
+            file
+            for ending in self.endings
+            for file in self.by_stem.get(comparable(stem + ending), [])
+            if file != photograph
         ]
         if not files:
             if required:
@@ -382,7 +385,7 @@ def _fold(photographs: Sequence[LabelledPhotograph], number: int, folds: int) ->
     if folds > len(persons):
         raise DatasetError(
             f"--fold {number}/{folds}: {photographs[0].photograph.parent} holds {len(photographs)} photographs of "
-            f"{len(persons)} persons (by their names), too few for {folds} folds"
+            f"{len(persons)} person{'s' if len(persons) > 1 else ''} (by their names), too few for {folds} folds"
         )
     # By the name of the first, so that folds of one eye of each are those of earlier versions.
     shuffled = sorted(

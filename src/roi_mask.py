@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .dataset_files import comparable
 from .field_of_view import field_of_view_diameter, find_field_of_view
 from .masks import read_binary_mask
 from .photograph import PhotographError, list_photographs
@@ -58,7 +59,8 @@ def roi_mask_path(path: Path, choice: str | None) -> Path | None:
     if not os.path.isdir(choice):
         return Path(choice)
     stems = path.stem, f"{path.stem}_mask"
-    matches = [file for file in list_photographs([choice]) if file.stem in stems]
+    known = {comparable(stem) for stem in stems}
+    matches = [file for file in list_photographs([choice]) if comparable(file.stem) in known]
     if len(matches) != 1:
         found = "both " + " and ".join(map(str, matches[:2])) if matches else "no such file"
         raise PhotographError(f"--roi-mask {choice}: needs one {stems[0]}.* or {stems[1]}.* for {path}, has {found}")

@@ -1,5 +1,6 @@
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -86,5 +87,8 @@ def test_sets_without_a_photograph_in_common(files, tmp_path):
 
 def test_patterns_that_no_shell_has_replaced(files, tmp_path, capsys):
     assert run(capsys, str(tmp_path / "[a-d].json")) == run(capsys, *files[0])
+    named = tmp_path / "[a].json"
+    named.write_text(Path(files[1][0]).read_text())
+    assert run(capsys, str(named)) == run(capsys, *files[1])  # and not a.json
     with pytest.raises(compare.ScoresError, match="no such|No such"):
         run(capsys, str(tmp_path / "x*.json"))

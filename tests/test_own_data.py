@@ -294,7 +294,15 @@ def test_the_threshold_is_chosen_on_what_was_held_out(own, working_directory, ca
             image = image.convert("L").convert("RGB")
         image.save(path)
     run(*other)  # photographs of others: by the threshold that is stored
-    assert scores()["threshold"] == {"value": report["threshold"]["value"], "source": "auto: as the weights store it"}
+    stored = {"value": report["threshold"]["value"], "source": "auto: as the weights store it"}
+    assert scores()["threshold"] == stored
+    for flags in (["--tta"], ["--fov-diameter", 60]):
+        run(*other, *flags)
+        assert scores()["threshold"]["source"].endswith("which was chosen with other views or another preparation")
+    Path("parted").mkdir()
+    shutil.copytree("other", "parted/test")
+    run("--data-path", "parted", *other[2:])  # there are no training photographs to choose it on
+    assert scores()["threshold"] == stored
     content = load_checkpoint("out/best_model.pth")
     del content["threshold"], content["path"]
     save_checkpoint(content, "out/best_model.pth")
@@ -741,6 +749,11 @@ def partial_masks(own, root):
 def test_scale_and_colours_follow_from_the_whole_retina_everywhere(own, tmp_path, working_directory):
     """In training, scores and predictions, though vessels count inside the ROI masks alone."""
     parts = partial_masks(own, tmp_path / "parts")
+    shutil.copytree(parts, tmp_path / "odd")
+    odd = next((tmp_path / "odd" / "masks").iterdir())
+    Image.fromarray(disc(40, 40, 10)).save(odd)
+    with pytest.raises(DatasetError, match=rf"{odd.name}: is 40 x 40 pixels, but its photograph"):
+        working_diameter(pair("all", tmp_path / "odd"))
     assert working_diameter(pair("all", parts)) == pytest.approx(working_diameter(pair("all", own)), abs=3)
     run("--data-path", parts, "--epochs", 2, "--normalization", "local", "--fov-diameter", 120, "--val-split", 1)
     photographs = DriveDataset.of(pair("all", parts), fov_diameter=120)
@@ -816,6 +829,27 @@ def test_weights_that_change_while_they_are_scored(own, working_directory, capsy
     run("--data-path", own, "--test-only", "--resume", "mine.pth", "--threshold", "auto")
     assert "the threshold is not stored: mine.pth was replaced meanwhile" in capsys.readouterr().out
     assert scores()["sha256"] == before and "threshold" not in load_checkpoint("mine.pth")
+
+    monkeypatch.setattr(
+        scoring, "measure", lambda *args, **kwargs: (Path("mine.pth").unlink(), measure(*args, **kwargs))[1]
+    )
+    run("--data-path", own, "--test-only", "--resume", "mine.pth", "--threshold", "auto")
+    assert "the threshold is not stored: " in capsys.readouterr().out and scores()["threshold"]["value"] != 0.5
+
+    # Replaced between reading it and its digest: it is read again.
+    shutil.copyfile("out/best_model.pth", "mine.pth")
+    load, loaded = scoring.load_checkpoint, []
+
+    def replaced_at_once(path):
+        checkpoint = load(path)
+        if not loaded:
+            add_to_checkpoint(path, note="of another epoch")
+        loaded.append(checkpoint)
+        return checkpoint
+
+    monkeypatch.setattr(scoring, "load_checkpoint", replaced_at_once)
+    sha256, checkpoint = scoring._load_without_training_state("mine.pth")
+    assert sha256 == sha256_of("mine.pth") and checkpoint["note"] == "of another epoch" and len(loaded) == 2
 
 
 def test_a_threshold_that_cannot_be_stored(own, working_directory, capsys, monkeypatch):

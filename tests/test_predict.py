@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -844,6 +845,12 @@ def test_wrong_roi_masks(tmp_path, weights, photographs, capsys):
     assert "needs one 01.* or 01_mask.*" in message(masks)
     assert "both" in message(masks, "02.png")
     assert f"--roi-mask {masks / 'missing.png'}: no such file" in message(masks / "missing.png")
+
+
+def test_names_of_roi_masks_may_be_composed_in_another_way(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
+    (tmp_path / f"{composed}_mask.png").touch()
+    assert roi_mask_path(Path(f"{decomposed}.jpg"), str(tmp_path)).stem == f"{composed}_mask"
 
 
 def test_a_mask_of_a_part_of_the_retina_does_not_change_its_size(tmp_path, photographs):

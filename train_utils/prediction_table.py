@@ -119,7 +119,7 @@ def _read(path: Path) -> list[Row]:
     # An earlier version wrote paths as they were given, most often in this working directory.
     here = escaped(Path.cwd())
     return [
-        row if os.path.isabs(row["file"]) else row | {"file": os.path.normpath(os.path.join(here, row["file"]))}
+        row | {"file": Path(os.path.normpath(os.path.join(here, row["file"]))).as_posix()}
         for row in rows
         if None not in row and None not in row.values()
     ]

@@ -207,7 +207,8 @@ class TrainingState:
             raise CheckpointError(
                 f"{checkpoint['path']}: was trained on {len(mixed)} of the {len(self.validated_on)} photographs to "
                 "validate on, whose Dice would be too high; validate on others (as the run of these weights did, by "
-                "its --data-path, --fold and --val-split), or give --train-on-all, which validates nothing"
+                "its --data-path, --fold and --val-split; earlier versions parted the two eyes of a person), or give "
+                "--train-on-all, which validates nothing"
             )
         self.trained_on += [digest for digest in before if digest not in self.trained_on]
 

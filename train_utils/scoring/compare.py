@@ -11,6 +11,7 @@ import argparse
 import glob
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -107,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
 
 def _matches(names: Sequence[str]) -> list[str]:
     """The files that patterns stand for, where the shell has not put them in their place (on Windows)."""
-    return [match for name in names for match in sorted(glob.glob(name)) or [name]]
+    return [match for name in names for match in ([] if os.path.exists(name) else sorted(glob.glob(name))) or [name]]
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from src.dataset_files import (
     LabelledPhotograph,
     Split,
     describe,
+    find_parts,
     match_masks,
     photographs_to_score,
     require_different,
@@ -95,19 +96,21 @@ def score_weights(path: str | Path, device: torch.device, args: argparse.Namespa
     if args.test_only:
         settle_normalization(args, checkpoint)
         checkpoint["fov_diameter"] = args.fov_diameter or checkpoint["fov_diameter"]
-    as_stored = preparation == _preparation(checkpoint)
+    prepared_as_stored = preparation == _preparation(checkpoint)
     files = _files_to_score(args, checkpoint)
     how = _how_to_measure(checkpoint, args)
+    seen_as_stored = (how["tta"], tuple(how["scales"])) == _views(checkpoint)
     smaller = "use --device cpu" if device.type != "cpu" else "name fewer or smaller photographs by --data-path"
     with explain_out_of_memory(smaller):
         model = build_model(checkpoint, device)
-        threshold, of_views = _settle_threshold(model, checkpoint, device, args, how, files)
+        as_stored = prepared_as_stored and seen_as_stored
+        threshold, of_views = _settle_threshold(model, checkpoint, device, args, how, files, as_stored)
         photographs = _open(files, model, checkpoint, how)
         if args.test_only:
             _tell_of_labels(photographs)
         _report_faults(photographs)
         measurement = measure(model, photographs, device, threshold.value, **how)
-    if of_views and as_stored:
+    if of_views and prepared_as_stored:
         sha256 = on_main_process(_store_threshold, path, sha256, {"threshold": threshold.value} | of_views)
     elif of_views and is_main_process():
         print(f"--threshold auto: not stored in {path}, whose photographs are prepared in another way")
@@ -258,8 +261,11 @@ def _best_weights(
 def _load_without_training_state(path: str | Path) -> tuple[str, Checkpoint]:
     """The SHA-256 of a file of weights, and what it holds."""
     training_state = ("optimizer", "lr_scheduler", "history", "training_model")
-    checkpoint = {name: value for name, value in load_checkpoint(path).items() if name not in training_state}
-    return sha256_of(path), checkpoint
+    while True:  # until no training has replaced the file meanwhile
+        before = sha256_of(path) if os.path.isfile(path) else ""
+        checkpoint = load_checkpoint(path)
+        if sha256_of(path) == before:
+            return before, {name: value for name, value in checkpoint.items() if name not in training_state}
 
 
 def _store_threshold(path: str | Path, sha256: str, values: Mapping[str, Any]) -> str:
@@ -269,7 +275,7 @@ def _store_threshold(path: str | Path, sha256: str, values: Mapping[str, Any]) -
             add_to_checkpoint(path, **values)
             return sha256_of(path)
         print(f"warning: the threshold is not stored: {path} was replaced meanwhile; score a copy of it")
-    except OutputError as error:
+    except (OutputError, CheckpointError, OSError) as error:
         print(f"warning: the threshold is not stored: {error}")
     return sha256
 
@@ -277,6 +283,12 @@ def _store_threshold(path: str | Path, sha256: str, values: Mapping[str, Any]) -
 def _preparation(checkpoint: Checkpoint) -> tuple[Any, ...]:
     """What predictions with these weights prepare photographs by."""
     return tuple(checkpoint.get(name) for name in ("mean", "std", "normalization", "fov_diameter"))
+
+
+def _views(checkpoint: Checkpoint) -> tuple[bool, tuple[float, ...]]:
+    """Whether predictions with these weights are means over views, and over which."""
+    tta = checkpoint.get("tta", False)
+    return tta, tuple(checkpoint.get("tta_scales", ONE_SIZE)) if tta else ONE_SIZE
 
 
 def _how_to_measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
@@ -354,12 +366,14 @@ def _settle_threshold(
     args: argparse.Namespace,
     how: Mapping[str, Any],
     scored: Sequence[LabelledPhotograph],
+    as_stored: bool,
 ) -> tuple[Threshold, dict[str, Any]]:
     """The threshold that the flag gives; or with "auto" the best one, with the views that it holds with, to be stored.
 
     It is chosen on the photographs that the weights' own run held out; where it held out none, on those it trained on.
     Where those held out are `scored` too, as without labels of test photographs, its origin says so. Where none of
-    these are in the data, it is the one that the weights store.
+    these are in the data, it is the one that the weights store; whether views and preparation are `as_stored` too, it
+    says.
     """
     classes = model.model_args["num_classes"]
     require_two_classes_for_threshold(classes, args.threshold)
@@ -369,7 +383,8 @@ def _settle_threshold(
         return Threshold(args.threshold, "--threshold"), {}
     files, held_out = _files_for_threshold(checkpoint, args)
     if not files:
-        return Threshold(checkpoint["threshold"], "auto: as the weights store it"), {}
+        other = "" if as_stored else ", which was chosen with other views or another preparation"
+        return Threshold(checkpoint["threshold"], f"auto: as the weights store it{other}"), {}
     value = best_threshold(model, _open(files, model, checkpoint, how), device, **how)
     of_views = {"tta": how["tta"]} | ({"tta_scales": list(how["scales"])} if how["tta"] else {})
     origin = f"auto: best Dice on {describe(files) if held_out else 'training'} photographs"
@@ -388,7 +403,9 @@ def _files_for_threshold(checkpoint: Checkpoint, args: argparse.Namespace) -> tu
         UsageError: there are none, and the weights store no threshold.
     """
     if "trained_on" in checkpoint:
-        files = [item for root in roots(args) for item in training_photographs(root)]
+        files = [
+            item for root in roots(args) if set(find_parts(root)) != {"test"} for item in training_photographs(root)
+        ]
         for digests, held_out in ((checkpoint.get("validated_on", ()), True), (checkpoint["trained_on"], False)):
             if known := [item for item in files if item.digest in digests]:
                 return known, held_out
