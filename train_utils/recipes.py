@@ -66,6 +66,11 @@ and at 38d1c62 with `--base-c 16 --tta-scales 1`. The last of them is a change o
     `--init-weights` of HRF           0.8199  (+0.0010, 0.0011, 16)                                  0.9000, 0.9162
     bend=0.01                         0.8196  (+0.0008, 0.0006, 11)                                  0.8985, 0.9150
 
+and at commit 6b45c3b with the same flags, in other folds, because 37-40 had their own names (`37_test.tif`):
+
+    nothing else                      0.8128                               average precision by fold 0.9190, 0.8911
+    `--fov-diameter 702`              0.8110  (-0.0019, 0.0008,  7)                                  0.9153, 0.8883
+
 The weights of HRF are those of `--data-path HRF --recipe any-camera --train-on-all --fov-diameter 540 --epochs 12`.
 With 1000 steps at `--lr 1e-3` from them (fold 1/2, at a6c5c02) it has less than without.
 
