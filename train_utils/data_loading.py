@@ -122,7 +122,7 @@ def warn_of_labels(datasets: Iterable[DriveDataset]) -> None:
     if turned:
         print(
             f"warning: the EXIF orientation turns {len(turned)} photographs and not their labels, which is right if "
-            f"these were drawn on the turned ones ({turned[0]}{', ...' if len(turned) > 1 else ''})"
+            f"the labels were drawn on the turned ones ({turned[0]}{', ...' if len(turned) > 1 else ''})"
         )
     shares = [share for data in datasets for share in data.vessel_shares()]
     for root, name in root_names(files).items():
