@@ -56,6 +56,7 @@ from src.segment import normalise
 from train_utils import create_lr_scheduler, load_checkpoint, train_and_eval
 from train_utils.checkpoint import LAST_MODEL
 from train_utils.command_line import Parser, UsageError, at_least, run_script, select_device
+from train_utils.cuda_graphs import RecordedSteps
 from train_utils.data_loading import make_loaders, open_datasets
 from train_utils.memory import keep_freed_memory
 from train_utils.mixed_precision import amp_dtype
@@ -188,6 +189,7 @@ class Project(Subject):
         self.batches = [next(iter(self.loader))] * _steps_at_once(device)
         self.state = TrainingState(self.model, device, len(self.batches), args)
         self.training_model = torch.compile(self.model) if args.compile else self.model
+        self.recorded = RecordedSteps(self.model.parameters()) if args.cuda_graphs else None
 
     def data(self) -> Measured:
         samples = list(self.loader.sampler)
@@ -206,7 +208,7 @@ class Project(Subject):
             clock.mark("loss")
             return loss
 
-        def epoch() -> None:
+        def epoch(recorded: RecordedSteps | None = None) -> None:
             train_and_eval.train_one_epoch(
                 self.training_model,
                 state.optimizer,
@@ -220,6 +222,7 @@ class Project(Subject):
                 vessel_weight=self.args.vessel_weight,
                 foreground_dice=self.args.dice_loss == "foreground",
                 averaged=state.averaged,
+                recorded=recorded,
             )
 
         hooks = [
@@ -235,6 +238,8 @@ class Project(Subject):
             train_and_eval.criterion = criterion
             for hook in hooks:
                 hook.remove()
+        if self.recorded is not None:  # the parts of a recorded step cannot be told apart
+            whole = seconds(lambda: epoch(self.recorded), self.device)
         return clock.parts_of_step() | {STEP: whole / len(self.batches)}
 
     def busy(self) -> Measured:

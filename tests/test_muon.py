@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from src import UNet
-from train_utils.muon import Muon, is_filter, orthogonalise
+from train_utils.muon import Muon, is_filter, orthogonalise, orthogonalise_together
 
 
 @pytest.mark.parametrize("shape", [(8, 27), (64, 16), (1, 9)])
@@ -33,6 +33,32 @@ def test_the_products_with_the_transpose_give_the_iteration_itself(shape):
 
 def test_a_gradient_of_zero_is_no_step():
     assert torch.equal(orthogonalise(torch.zeros(4, 9)), torch.zeros(4, 9))
+    assert all(not result.any() for result in orthogonalise_together([torch.zeros(4, 9), torch.zeros(9, 4)]))
+
+
+def test_together_as_each_alone():
+    torch.manual_seed(0)
+    shapes = [(32, 27), (27, 32), (8, 72), (27, 288), (8, 27), (1, 9)]
+    matrices = [torch.randn(shape) * 10.0**-power for power, shape in enumerate(shapes)]
+    for matrix, found in zip(matrices, orthogonalise_together(iter(matrices)), strict=True):
+        torch.testing.assert_close(found, orthogonalise(matrix), atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_steps_on_a_gpu():
+    torch.manual_seed(0)
+    model = UNet(3, 2, base_c=8)
+    on_gpu = copy.deepcopy(model).cuda()
+    optimizers = Muon(model, lr=0.01, weight_decay=0.01), Muon(on_gpu, lr=0.01, weight_decay=0.01)
+    for step in range(3):
+        for parameter, other in zip(model.parameters(), on_gpu.parameters(), strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+            other.grad = parameter.grad.cuda()
+        for optimizer in optimizers:
+            optimizer.step()
+    for parameter, other in zip(model.parameters(), on_gpu.parameters(), strict=True):
+        torch.testing.assert_close(other.cpu(), parameter, atol=1e-4, rtol=0)
 
 
 def stepped(model, optimizer, steps=3):

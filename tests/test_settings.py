@@ -16,7 +16,7 @@ from tests.conftest import SMALL_RUN
 from tests.processes import in_processes
 from tests.test_resume import interrupt_in
 from tests.test_train_multi_GPU import assert_same_state
-from train_utils import create_lr_scheduler, evaluate, fit, load_checkpoint, logger, train_and_eval
+from train_utils import create_lr_scheduler, evaluate, fit, load_checkpoint, logger, settings, train_and_eval
 from train_utils.command_line import UsageError, run_script
 from train_utils.data_loading import SeededDataset, evaluation_loader, open_datasets, training_loader
 from train_utils.mixed_precision import amp_dtype
@@ -124,6 +124,22 @@ def test_memory_format_by_device(settled, monkeypatch):
         assert settled(CPU, "--channels-last").channels_last is True
         assert settled(CPU, "--no-channels-last").channels_last is False
     assert settled(CUDA).channels_last is False and settled(CUDA, "--amp").channels_last is True
+
+
+def test_steps_are_recorded_on_a_gpu_in_one_process(settled, monkeypatch):
+    assert settled(CUDA).cuda_graphs is True and settled(CUDA, "--no-cuda-graphs").cuda_graphs is False
+    assert settled(CPU).cuda_graphs is False
+    with pytest.raises(UsageError, match="--cuda-graphs: works on GPUs alone; leave it out on cpu"):
+        settled(CPU, "--cuda-graphs")
+    with monkeypatch.context() as patch:
+        patch.setattr(settings, "_require_compiler", lambda device: None)
+        assert settled(CUDA, "--compile").cuda_graphs is False
+        with pytest.raises(UsageError, match="--cuda-graphs: does in another way what --compile does"):
+            settled(CUDA, "--compile", "--cuda-graphs")
+    monkeypatch.setattr(settings, "is_dist_avail_and_initialized", lambda: True)
+    assert settled(CUDA).cuda_graphs is False
+    with pytest.raises(UsageError, match="--cuda-graphs: works in one process alone"):
+        settled(CUDA, "--cuda-graphs")
 
 
 def test_photographs_go_to_a_gpu_where_they_fit(shared_drive, monkeypatch):
@@ -519,9 +535,9 @@ def test_an_epoch_on_a_gpu_does_not_wait(shared_drive):
     "flags", [[], ["--amp"], ["--amp", "--amp-dtype", "bfloat16"], ["--no-device-data", "-j", "2"]]
 )
 def test_defaults_on_a_gpu(shared_drive, working_directory, flags):
-    settings = run(shared_drive, "--epochs", "2", "--device", "cuda", *flags)["args"]
-    assert settings["device_data"] is ("--no-device-data" not in flags)
-    assert settings["channels_last"] is ("--amp" in flags)
+    args = run(shared_drive, "--epochs", "2", "--device", "cuda", *flags)["args"]
+    assert args["device_data"] is ("--no-device-data" not in flags)
+    assert args["channels_last"] is ("--amp" in flags) and args["cuda_graphs"] is True
     assert run(shared_drive, "--epochs", "3", "--device", "cuda", *flags, "--resume", "auto")["epoch"] == 2
 
 

@@ -16,6 +16,7 @@ from src.weights import Checkpoint, load_checkpoint
 
 from .checkpoint import LAST_MODEL, load_backbone_weights
 from .command_line import UsageError
+from .cuda_graphs import RecordedSteps
 from .distributed_utils import broadcast_buffers, is_main_process, on_main_process
 from .files import make_output_folder
 from .memory import OutOfMemoryError, explain_out_of_memory
@@ -63,6 +64,7 @@ def fit(
     _resume_or_pretrain(state, val_loaders, checkpoint)
     tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch) if args.tensorboard else None
     record()
+    recorded = RecordedSteps(state.model.parameters()) if args.cuda_graphs else None
     saver = Saver()
     on_main_process(state.results.write, state.results.rows)
     if state.other_photographs and val_loaders:  # the best epoch so far is the one that the run goes on from
@@ -71,7 +73,7 @@ def fit(
     try:
         while state.epoch < args.epochs:
             with explain_out_of_memory(_advice_on_memory(args)):
-                row, confusion_matrix = _run_epoch(state, model, train_loader, val_loaders)
+                row, confusion_matrix = _run_epoch(state, model, train_loader, val_loaders, recorded)
             improved = state.finish_epoch(row)
             if is_main_process() and confusion_matrix is not None:
                 print(
@@ -94,7 +96,11 @@ def fit(
 
 
 def _run_epoch(
-    state: TrainingState, model: nn.Module, train_loader: DataLoader, val_loaders: Mapping[str, DataLoader]
+    state: TrainingState,
+    model: nn.Module,
+    train_loader: DataLoader,
+    val_loaders: Mapping[str, DataLoader],
+    recorded: RecordedSteps | None,
 ) -> tuple[Row, ConfusionMatrix | None]:
     """Train for one epoch, and evaluate where photographs are held out; `model` is `state.model` or its wrapper."""
     args, num_classes = state.args, state.args.num_classes + 1
@@ -115,6 +121,7 @@ def _run_epoch(
         foreground_dice=args.dice_loss == "foreground",
         averaged=state.averaged,
         one_line=not args.progress_lines,
+        recorded=recorded,
     )
     broadcast_buffers(state.model)
     if state.averaged is not None:
@@ -198,7 +205,8 @@ def _best_and_time_left(state: TrainingState) -> str:
 
 def _advice_on_memory(args: argparse.Namespace) -> str:
     amp = "" if args.amp else ", or add --amp"
-    return f"lower --batch-size {args.batch_size} or --crop-size {args.crop_size}{amp}"
+    graphs = ", or --no-cuda-graphs" if args.cuda_graphs else ""
+    return f"lower --batch-size {args.batch_size} or --crop-size {args.crop_size}{amp}{graphs}"
 
 
 def _where_to_resume(state: TrainingState) -> str:

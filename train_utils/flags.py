@@ -233,6 +233,13 @@ def add_speed_flags(flags: Flags) -> None:
     add_switch(flags, "--compile", default=False, help="compile the training step with torch.compile")
     add_switch(
         flags,
+        "--cuda-graphs",
+        default=None,
+        help="launch the kernels of a training step together, as a CUDA graph, which keeps their memory (default: on a "
+        "GPU in one process, without --compile)",
+    )
+    add_switch(
+        flags,
         "--device-data",
         default=None,
         help="keep the photographs in the device's memory and augment them there, without loading processes "

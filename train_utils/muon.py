@@ -3,7 +3,8 @@
 Source: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
 """
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.optim import AdamW
 
 # Of the polynomial x -> a x + b x^3 + c x^5 that draws singular values from (0, 1] to about 1.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+SMALLEST_NORM = 1e-7  # added to that of each matrix
 
 
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
@@ -19,19 +21,46 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     By a Newton-Schulz iteration, which needs products of matrices alone. It is written for the products with the
     transpose, [M, M] where M <= N, because filters are much longer than they are many: a third of the arithmetic.
     """
+    wide = _wide(matrix)
+    x = wide / (wide.norm() + SMALLEST_NORM)
+    x = _product_of_factors(x @ x.T, iterations) @ x
+    return x if wide is matrix else x.T
+
+
+def orthogonalise_together(matrices: Iterable[Tensor], iterations: int = 5) -> list[Tensor]:
+    """`orthogonalise` of each of several matrices; those of equally many rows M are iterated together.
+
+    For a GPU, where the launch of a product of such matrices takes longer than the product.
+    """
+    matrices = list(matrices)
+    by_rows = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        by_rows[min(matrix.shape)].append(index)
+    results = dict.fromkeys(range(len(matrices)))
+    for indices in by_rows.values():
+        wide = [_wide(matrices[index]) for index in indices]
+        gram = torch.stack([x @ x.T for x in wide])  # [filters, M, M]
+        norm = gram.diagonal(dim1=1, dim2=2).sum(dim=1).sqrt().add(SMALLEST_NORM)[:, None, None]
+        products = _product_of_factors(gram / norm.square(), iterations) / norm
+        for index, x, product in zip(indices, wide, products, strict=True):
+            results[index] = product @ x if x is matrices[index] else (product @ x).T
+    return list(results.values())
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _product_of_factors(gram: Tensor, iterations: int) -> Tensor:
+    """What the iterations multiply a matrix by, of its product with its transpose: [..., M, M] -> [..., M, M]."""
     a, b, c = _COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
-    gram = x @ x.T
-    product = torch.eye(len(x), dtype=x.dtype, device=x.device)  # of the factors of all iterations
+    product = None
     for _ in range(iterations):
         factor = b * gram + c * gram @ gram
-        factor.diagonal().add_(a)
-        product = factor @ product
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else factor @ product
         gram = factor @ gram @ factor
-    x = product @ x
-    return x.T if tall else x
+    return product
 
 
 class Muon(AdamW):
@@ -59,28 +88,32 @@ class Muon(AdamW):
         assert closure is None, "the loss is not computed again"
         gradients = {}
         for group in self.param_groups:
-            for parameter in group["params"] if "momentum" in group else ():
-                if parameter.grad is not None:
-                    gradients[parameter] = parameter.grad
-                    self._step_filter(parameter, group)
-                    parameter.grad = None  # AdamW leaves out parameters without a gradient
+            if "momentum" not in group:
+                continue
+            filters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients |= {parameter: parameter.grad for parameter in filters}
+            with_momentum = (self._with_momentum(parameter, group["momentum"]).flatten(1) for parameter in filters)
+            on_gpu = bool(filters) and filters[0].is_cuda
+            directions = orthogonalise_together(with_momentum) if on_gpu else map(orthogonalise, with_momentum)
+            for parameter, direction in zip(filters, directions, strict=True):
+                length = 0.2 * max(direction.shape) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(direction.view_as(parameter), alpha=-group["lr"] * length)
+                parameter.grad = None  # AdamW leaves out parameters without a gradient
         super().step()
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
 
-    def _step_filter(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        gradient, momentum = parameter.grad, group["momentum"]
+    def _with_momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+        """The gradient with Nesterov's momentum, which is brought up to date."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
             state["momentum_buffer"] = torch.zeros_like(parameter)
         state["step"] += 1
         buffer = state["momentum_buffer"]
-        buffer.mul_(momentum).add_(gradient)
-        direction = orthogonalise(gradient.add(buffer, alpha=momentum).flatten(1))
-        length = 0.2 * max(direction.shape) ** 0.5
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(direction.view_as(parameter), alpha=-group["lr"] * length)
+        buffer.mul_(momentum).add_(parameter.grad)
+        return parameter.grad.add(buffer, alpha=momentum)
 
 
 def is_filter(parameter: Tensor) -> bool:

@@ -12,7 +12,13 @@ from src.segment import match_scale
 from src.weights import Checkpoint, load_checkpoint
 
 from .command_line import UsageError
-from .distributed_utils import broadcast_object, gather_objects, is_main_process, on_main_process
+from .distributed_utils import (
+    broadcast_object,
+    gather_objects,
+    is_dist_avail_and_initialized,
+    is_main_process,
+    on_main_process,
+)
 from .flags import SHARE_FOR_PHOTOGRAPHS
 from .mixed_precision import settle_amp
 
@@ -59,6 +65,7 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
         args.channels_last = broadcast_object(_channels_last_is_faster(args, device))
     if args.compile:
         _require_compiler(device)
+    _settle_cuda_graphs(args, device)
     _settle_split(args)
     if checkpoint is not None:  # a run goes on as it was, unless a flag says otherwise
         args.resume = checkpoint["path"]  # that --resume auto found
@@ -128,6 +135,19 @@ def _channels_last_is_faster(args: argparse.Namespace, device: torch.device) -> 
         # With AVX2 alone the forward pass gains a fifth, but the backward pass loses half and more.
         return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return device.type == "cuda" and args.amp
+
+
+def _settle_cuda_graphs(args: argparse.Namespace, device: torch.device) -> None:
+    obstacles = {
+        f"works on GPUs alone; leave it out on {device.type}": device.type != "cuda",
+        "works in one process alone; leave it out": is_dist_avail_and_initialized(),
+        "does in another way what --compile does; give one of them": args.compile,
+    }
+    found = [reason for reason, is_there in obstacles.items() if is_there]
+    if args.cuda_graphs and found:
+        raise UsageError(f"--cuda-graphs: {found[0]}")
+    if args.cuda_graphs is None:
+        args.cuda_graphs = not found
 
 
 def _settle_split(args: argparse.Namespace) -> None:

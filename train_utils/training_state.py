@@ -44,7 +44,7 @@ UNREPORTED = frozenset(
         ),
         "overwrite",
         # speed
-        *("workers", "channels_last", "compile"),
+        *("workers", "channels_last", "compile", "cuda_graphs"),
         # scoring after training
         *("threshold", "tta", "tta_scales"),
         # defaults of other flags; another model or optimizer is refused
