@@ -2,7 +2,7 @@
 
     python tests/benchmark.py [--device cpu] [--data-path FOLDER] [--repeats N] [other flags of train.py]
     python tests/benchmark.py --forward [...]         the forward pass alone, run in every way that there is
-    python tests/benchmark.py --time-to-dice N --data-path FOLDER [...]        N seeds of --recipe quick
+    python tests/benchmark.py --time-to-dice N --data-path FOLDER [...]        N seeds of --recipe quick, or of another
     python tests/benchmark.py --folder FOLDER [...]   a folder of photographs by predict.py (with its flags, such as
                                                       --weights), and its network alone
 
@@ -546,7 +546,8 @@ def _onnx_runtime(model: nn.Module, image: Tensor) -> Callable[[], Tensor]:
 
 
 def times_to_dice(data_path: str, seeds: int, flags: Sequence[str]) -> str:
-    """`train.py --recipe quick` with so many seeds, from the start of the process to its last weights: a table."""
+    """`train.py --recipe quick` (or that of the flags) with so many seeds, from the start of the process to its last
+    weights: a table."""
     lines = ["| seed | written after | Dice, best epoch | last epoch |", "|---|---|---|---|"]
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
@@ -677,7 +678,8 @@ def main(args: argparse.Namespace) -> None:
     if args.time_to_dice:
         if not args.data_path:
             raise UsageError("--time-to-dice: needs photographs with labels; name their folder by --data-path")
-        print(f"{describe(CPU)}\n\n{times_to_dice(args.data_path, args.time_to_dice, args.other_flags)}")
+        device = select_device(train.parse_args(args.other_flags).device)
+        print(f"{describe(device)}\n\n{times_to_dice(args.data_path, args.time_to_dice, args.other_flags)}")
         return
     if args.folder:
         measured = folder_of_photographs(args.folder, args.repeats, args.other_flags)
@@ -704,7 +706,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-path", help="the folder that contains DRIVE (default: synthetic photographs)")
     parser.add_argument("--repeats", type=at_least(1), default=5, help="measurements of each number")
     parser.add_argument("--forward", action="store_true", help="measure the forward pass in several ways, on the CPU")
-    parser.add_argument("--time-to-dice", type=at_least(1), metavar="N", help="train N seeds of --recipe quick")
+    parser.add_argument(
+        "--time-to-dice", type=at_least(1), metavar="N", help="train N seeds of --recipe quick (or another)"
+    )
     parser.add_argument("--folder", help="measure predict.py over the photographs in this folder, on the CPU")
     args, args.other_flags = parser.parse_known_args(argv)
     return args

@@ -30,7 +30,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)  # settling a flag need
 
 
 @pytest.fixture
-def settled(shared_drive):
+def settled(shared_drive, monkeypatch):
+    monkeypatch.setattr(settings, "_computes_in_tf32", lambda device: False)  # it would ask the GPU
+
     def settled(device, *flags):
         args = train.parse_args(["--data-path", str(shared_drive), "--no-device-data", *flags])
         settle(args, device)
@@ -124,6 +126,8 @@ def test_memory_format_by_device(settled, monkeypatch):
         assert settled(CPU, "--channels-last").channels_last is True
         assert settled(CPU, "--no-channels-last").channels_last is False
     assert settled(CUDA).channels_last is False and settled(CUDA, "--amp").channels_last is True
+    monkeypatch.setattr(settings, "_computes_in_tf32", lambda device: True)
+    assert settled(CUDA).channels_last is True and settled(CUDA, "--no-channels-last").channels_last is False
 
 
 def test_steps_are_recorded_on_a_gpu_in_one_process(settled, monkeypatch):
@@ -155,7 +159,7 @@ def test_photographs_go_to_a_gpu_where_they_fit(shared_drive, monkeypatch):
         (CPU, 0, ["--device-data"], True),
     ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * free))
-        args = train.parse_args(["--data-path", str(shared_drive), "-j", "3", *flags])
+        args = train.parse_args(["--data-path", str(shared_drive), "-j", "3", "--no-channels-last", *flags])
         moved.clear()
         settle(args, device)
         datasets = open_datasets(args, device)
@@ -537,7 +541,8 @@ def test_an_epoch_on_a_gpu_does_not_wait(shared_drive):
 def test_defaults_on_a_gpu(shared_drive, working_directory, flags):
     args = run(shared_drive, "--epochs", "2", "--device", "cuda", *flags)["args"]
     assert args["device_data"] is ("--no-device-data" not in flags)
-    assert args["channels_last"] is ("--amp" in flags) and args["cuda_graphs"] is True
+    assert args["channels_last"] is ("--amp" in flags or torch.cuda.get_device_capability() >= (8, 0))
+    assert args["cuda_graphs"] is True
     assert run(shared_drive, "--epochs", "3", "--device", "cuda", *flags, "--resume", "auto")["epoch"] == 2
 
 

@@ -227,8 +227,8 @@ def add_speed_flags(flags: Flags) -> None:
         flags,
         "--channels-last",
         default=None,
-        help="channels-last memory format (default: on a GPU with --amp and on a CPU with AVX-512; elsewhere it makes "
-        "the backward pass slower)",
+        help="channels-last memory format (default: on a GPU with --amp or TF32 and on a CPU with AVX-512; elsewhere "
+        "training can be slower by it)",
     )
     add_switch(flags, "--compile", default=False, help="compile the training step with torch.compile")
     add_switch(
