@@ -262,7 +262,7 @@ class TrainingState:
             print(f"changed since the checkpoint: {self.new_photographs} of the training photographs are new")
         elif self.other_training_labels and is_main_process():
             print("changed since the checkpoint: labels of the training, or photographs were taken out of it")
-        if self.other_photographs and is_main_process():
+        if self.other_photographs and self.epoch < self.args.epochs and is_main_process():
             print(
                 "changed since the checkpoint: the photographs that are held out, or their labels; the best epoch is "
                 f"chosen anew, from epoch {self.epoch - 1} on"
