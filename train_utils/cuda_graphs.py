@@ -19,14 +19,15 @@ The arithmetic of a step of the tutorial's settings alone, as a graph: 23.2 ms, 
 of them (13.0, 8.6), takes 12 seconds before the first epoch and 15 GB of memory, and so stays off.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 WARM_UP = 3  # calls as usual before the recording, in which the libraries set themselves up
 
-# (image, target) -> loss, whose gradients it leaves in the parameters
+# (image, target) -> loss. It leaves the loss's gradients in the parameters, in place of earlier ones.
 LossAndGradients = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -40,28 +41,25 @@ class RecordedSteps:
         parameters: whose gradients the function sets.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters = list(parameters)
-        self._calls: dict[torch.Size, int] = {}
+        self._calls: dict[torch.Size, int] = defaultdict(int)
         self._graphs: dict[torch.Size, _Graph] = {}
         self._stream = torch.cuda.Stream()
 
     def __call__(self, function: LossAndGradients, image: Tensor, target: Tensor) -> Tensor:
-        """The loss of a batch on the GPU or in pinned memory; the gradients are in the parameters until the next."""
+        """The loss of a batch on the GPU; the gradients are in the parameters until the next call."""
         shape = image.shape
+        self._calls[shape] += 1
+        if self._calls[shape] <= WARM_UP:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                loss = function(image, target)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            return loss
         if shape not in self._graphs:
-            calls = self._calls[shape] = self._calls.get(shape, 0) + 1
-            if calls <= WARM_UP:
-                return self._on_stream(function, image, target)
             self._graphs[shape] = _Graph(function, image, target, self._parameters, self._stream)
         return self._graphs[shape].replay(image, target)
-
-    def _on_stream(self, function: LossAndGradients, image: Tensor, target: Tensor) -> Tensor:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            loss = function(image, target)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return loss
 
 
 class _Graph:
@@ -76,18 +74,16 @@ class _Graph:
         self.function = function  # what it refers to must live as long as the graph
         self.parameters = parameters
         self.image, self.target = image.clone(), target.clone()
-        for parameter in parameters:
-            parameter.grad = None  # the recording allocates them in the memory of the graph
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads (pinned memory, a file being saved) may use the GPU meanwhile.
+        # Another thread (of pinned memory) may use the GPU meanwhile.
         with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.loss = function(self.image, self.target)
         self.gradients = [parameter.grad for parameter in parameters]
 
     def replay(self, image: Tensor, target: Tensor) -> Tensor:
-        self.image.copy_(image, non_blocking=True)
-        self.target.copy_(target, non_blocking=True)
+        self.image.copy_(image)
+        self.target.copy_(target)
         self.graph.replay()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient  # another graph may have set its own
         return self.loss.clone()  # the next replay writes another

@@ -65,10 +65,10 @@ def fit(
     tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch) if args.tensorboard else None
     record()
     recorded = RecordedSteps(state.model.parameters()) if args.cuda_graphs else None
-    saver = Saver()
+    saver = Saver(state)
     on_main_process(state.results.write, state.results.rows)
     if state.other_photographs and val_loaders:  # the best epoch so far is the one that the run goes on from
-        on_main_process(saver.save, state, True)
+        on_main_process(saver.save, True)
 
     try:
         while state.epoch < args.epochs:
@@ -81,7 +81,7 @@ def fit(
                 )
             if tensorboard is not None:
                 tensorboard.write(row)
-            on_main_process(saver.save, state, improved)
+            on_main_process(saver.save, improved)
             state.saved_in = str(Path(args.output_dir, LAST_MODEL))
         on_main_process(saver.wait)
     except KeyboardInterrupt:
@@ -92,6 +92,9 @@ def fit(
     except (NonFiniteLossError, OutOfMemoryError) as error:
         saver.wait()
         raise type(error)(f"{error}; {_where_to_resume(state)}") from error
+    except Exception:
+        saver.wait()
+        raise
     return state.best_dice
 
 

@@ -237,8 +237,8 @@ def add_speed_flags(flags: Flags) -> None:
         flags,
         "--cuda-graphs",
         default=None,
-        help="launch the kernels of a training step together, as a CUDA graph, which keeps their memory (default: on a "
-        "GPU in one process, without --compile)",
+        help="launch the kernels of a training step together, as a CUDA graph, which keeps their memory (default: on "
+        "NVIDIA's GPUs in one process, without --compile)",
     )
     add_switch(
         flags,

@@ -152,7 +152,7 @@ def _settle_cuda_graphs(args: argparse.Namespace, device: torch.device) -> None:
     if args.cuda_graphs and found:
         raise UsageError(f"--cuda-graphs: {found[0]}")
     if args.cuda_graphs is None:
-        args.cuda_graphs = not found
+        args.cuda_graphs = not found and torch.version.hip is None  # on AMD's GPUs nobody has tried them yet
 
 
 def _settle_split(args: argparse.Namespace) -> None:

@@ -381,7 +381,7 @@ def _load(path: Path) -> Checkpoint:
 def _newest_checkpoint(folder: Path, overwrite: bool) -> Checkpoint | None:
     files = [path for path in folder.glob("*.pth") if path.exists()]  # not a dead link
     newest_first = sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    # Every epoch here ends with writing LAST_MODEL. The other names matter in a folder that the tutorial wrote.
+    # Every writing here ends with LAST_MODEL. The other names matter in a folder that the tutorial wrote.
     for path in sorted(newest_first, key=lambda path: path.name != LAST_MODEL):
         try:
             return _load(path)
