@@ -18,13 +18,17 @@ def for_inference(model: nn.Module, amp: bool = False) -> nn.Module:
     follow later training: make one for each pass over the photographs.
 
     Args:
-        model: any model; a DistributedDataParallel is unwrapped. Layers that cannot be folded stay.
+        model: any model; a DistributedDataParallel is unwrapped. Layers that cannot be folded stay. A model that cannot
+            be copied is returned as it is, so it must be in eval mode.
         amp: whether the copy will run under autocast.
     """
     plain = model.module if isinstance(model, DistributedDataParallel) else model
-    quick = copy.deepcopy(plain).eval()
-    for module in quick.modules():
-        if isinstance(module, nn.Sequential):
+    try:
+        quick = copy.deepcopy(plain)
+    except Exception:  # a module may hold anything, such as a tensor of the last forward pass
+        return plain
+    for module in quick.eval().modules():
+        if type(module).forward is nn.Sequential.forward:
             _fold(module)
     device = next((parameter.device for parameter in quick.parameters()), None)
     if device is not None and (device.type == "cpu" or amp):
@@ -34,7 +38,8 @@ def for_inference(model: nn.Module, amp: bool = False) -> nn.Module:
 
 def _fold(layers: nn.Sequential) -> None:
     for index, (layer, after) in enumerate(pairwise(layers)):
-        foldable = isinstance(after, nn.BatchNorm2d | nn.SyncBatchNorm) and after.running_mean is not None
-        if foldable and isinstance(layer, nn.Conv2d):
+        is_norm = type(after) in (nn.BatchNorm2d, nn.SyncBatchNorm) and after.running_mean is not None
+        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in (layer, after))
+        if type(layer) is nn.Conv2d and is_norm and not hooked:
             layers[index] = fuse_conv_bn_eval(layer, after)
             layers[index + 1] = nn.Identity()  # the names of the other layers stay

@@ -91,3 +91,34 @@ def test_models_wrapped_for_many_processes(tmp_path):
         wrapped(image)["out"].sum().backward()
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Skip(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + self[0](x)
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@torch.no_grad()
+def test_a_students_own_layers_stay():
+    """A sequence or a convolution of another kind, a hook, a weight that is computed."""
+    torch.manual_seed(0)
+    hooked, normed = nn.Conv2d(4, 4, 3), torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))
+    hooked.register_forward_hook(lambda module, inputs, output: output + 1)
+    layers = Skip(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Sequential(Doubled(4, 4, 3), nn.BatchNorm2d(4))
+    model = nn.Sequential(*layers, nn.Sequential(hooked, nn.BatchNorm2d(4)), nn.Sequential(normed, nn.BatchNorm2d(4)))
+    model(torch.randn(4, 3, 20, 20))  # for the statistics
+    image = torch.randn(2, 3, 20, 20)
+    quick = for_inference(model)
+    torch.testing.assert_close(quick(image), model.eval()(image), atol=1e-5, rtol=0)
+    assert count(quick, nn.BatchNorm2d) == 4
+
+
+def test_a_model_that_cannot_be_copied_is_used_itself():
+    model = create_model(base_c=4).eval()
+    model.last = model(torch.randn(1, 3, 32, 32))["out"]  # which torch does not copy, as it has a history
+    assert for_inference(model) is model
