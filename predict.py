@@ -48,6 +48,8 @@ from train_utils.prediction_files import (
     plan_outputs,
     progress_line,
     remove_other_pictures,
+    remove_pictures,
+    require_no_others,
     write_pictures,
 )
 from train_utils.prediction_report import REPORT, THUMBNAILS, write_report
@@ -84,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         return
     photographs = find_photographs(args)
     table, masks = plan_outputs(photographs, args)
-    require_roi_mask(args.roi_mask)
+    require_roi_mask(args.roi_mask, photographs)
     model, checkpoint = load_model(args.weights, device)
     settle_by_checkpoint(args, checkpoint)
     segmenter = Segmenter(model, checkpoint, amp_dtype(args))
@@ -123,6 +125,9 @@ def segment_all(
     """
     settings = digest(Path(args.weights), describe_settings(args).encode())
     jobs = [(path, mask, rows.former(mask)) for path, mask in zip(photographs, masks, strict=True)]
+    if rows.path is not None and not args.overwrite:
+        require_no_others([mask for _, mask, former in jobs if former is None], args)
+    earlier, names = rows.masks(), {escaped(Path(mask.name)) for mask in masks}
     done: list[Outcome] = []
     started, new = time.perf_counter(), 0
     threads = torch.get_num_threads()
@@ -138,6 +143,10 @@ def segment_all(
             for outcome in outcomes:
                 done.append(outcome)
                 rows.add(outcome.row)
+                if outcome.row["mask"]:  # its name may be another now, because of another photograph's
+                    for name in earlier[outcome.row["file"]] - names:
+                        remove_pictures(masks[0].parent / name)
+                        rows.drop(name)
                 new += not outcome.kept
                 left = (time.perf_counter() - started) / max(new, 1) * (len(jobs) - len(done))
                 time_left = f" ({timedelta(seconds=round(left))} left)" if new and left >= 1 else ""
@@ -200,8 +209,8 @@ def work_on(
             with memory_for(path):
                 write_pictures(prediction, mask, args)
         replaced = former is not None and not same
-        if replaced:
-            remove_other_pictures(mask, args)  # of the mask before
+        if not same:
+            remove_other_pictures(mask, args, known=replaced)  # of the mask before
         row |= facts(prediction, time.perf_counter() - started) | {"mask": escaped(Path(mask.name))}
         line = brief_line(prediction) if brief else f"{progress_line(prediction)} -> {mask}"
         if former and former["settings_digest"] != row["settings_digest"]:
@@ -326,7 +335,9 @@ def get_parser() -> argparse.ArgumentParser:
     add_switch(group, "--overlay", default=False, help="also write the photograph with the vessels drawn in")
     add_switch(group, "--report", default=False, help="also write predictions.html, a page to look through them all")
     group = parser.group("input")
-    add_switch(group, "--recursive", default=False, help="look into the folders of a folder too, except hidden ones")
+    add_switch(
+        group, "--recursive", default=False, help="look into the folders of a folder too, except hidden and linked ones"
+    )
     group.add_argument(
         "--roi-mask",
         metavar="PATH",

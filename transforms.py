@@ -289,7 +289,7 @@ class ToTensor:
 
     def __call__(self, image: Any, target: Any) -> tuple[Tensor, Tensor]:
         image = F.to_dtype(F.to_image(image), torch.float32, scale=True).as_subclass(Tensor)
-        if isinstance(target, Image.Image):
+        if not isinstance(target, Tensor):
             target = torch.from_numpy(np.array(target))
         return image, target.as_subclass(Tensor).to(torch.int64)
 

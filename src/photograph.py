@@ -5,7 +5,7 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,13 +20,17 @@ from .freed_memory import give_back_freed_memory
 FORMATS = {
     "TIFF": (".tif", ".tiff"),
     "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "GIF": (".gif",),
     "BMP": (".bmp",),
     "PPM": (".ppm", ".pgm"),
     "WEBP": (".webp",),
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+# Photographs of phones and hospitals that are not read.
+UNREAD_SUFFIXES = frozenset(
+    (".heic", ".heif", ".avif", ".dcm", ".dicom", ".jp2", ".j2k", ".dng", ".nef", ".cr2", ".arw")
+)
 
 ROWS_AT_ONCE = 256
 LARGE = 40_000_000  # pixels; of photographs of more, what is not drawn is found at a smaller size, to save memory
@@ -253,15 +257,22 @@ def list_photographs(
             found = [file for file in files if not leave_out(file)]
         if not found:
             endings = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise PhotographError(f"{name}: no photographs there; looked for files that end in {endings}")
+            below = not recursive and any(images_in(path, recursive=True) for path in matches if path.is_dir())
+            hint = "; there are some in its folders: add --recursive" if below else ""
+            raise PhotographError(f"{name}: no photographs there; looked for files that end in {endings}{hint}")
         photographs |= {os.path.abspath(file): file for file in found}
     return list(photographs.values())
 
 
-def images_in(folder: Path, recursive: bool = False) -> list[Path]:
+def images_in(folder: Path, recursive: bool = False, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Path]:
     """The image files of a folder, sorted by name; none where there is no such folder.
 
     Links that lead nowhere count, so that a photograph that is missing is not overlooked.
+
+    Args:
+        folder: to list.
+        recursive: as in `list_photographs`.
+        suffixes: that image files have, in small letters.
 
     Raises:
         PhotographError: a folder cannot be listed.
@@ -271,7 +282,7 @@ def images_in(folder: Path, recursive: bool = False) -> list[Path]:
         for place, folders, names in os.walk(folder, onerror=_raise) if os.path.isdir(folder) else ():
             # Archives made on a Mac hold "._name" companions.
             visible = [name for name in names if not name.startswith(".")]
-            images += [Path(place, name) for name in visible if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+            images += [Path(place, name) for name in visible if Path(name).suffix.lower() in suffixes]
             folders[:] = [name for name in folders if recursive and not name.startswith(".")]
     except OSError as error:
         raise PhotographError(f"{error.filename}: cannot be listed ({error.strerror}); give another folder") from error

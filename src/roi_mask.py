@@ -1,6 +1,7 @@
 """The choice of a photograph's field of view: a given ROI mask, one beside the photograph, or the photograph itself."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,28 @@ import numpy as np
 from .dataset_files import comparable
 from .field_of_view import field_of_view_diameter, find_field_of_view
 from .masks import read_binary_mask
-from .photograph import PhotographError, list_photographs
+from .photograph import PhotographError, images_in
 
 
-def require_roi_mask(choice: str | None) -> None:
-    if choice not in (None, "auto", "none") and not os.path.exists(choice):
+def require_roi_mask(choice: str | None, photographs: Iterable[Path]) -> None:
+    """Check that the file or folder of --roi-mask is there, and that no mask of a folder is that of two photographs.
+
+    Raises:
+        PhotographError: it is not there, or one is.
+    """
+    if choice in (None, "auto", "none"):
+        return
+    if not os.path.exists(choice):
         raise PhotographError(f"--roi-mask {choice}: no such file or folder; give one, or auto, or none")
+    if os.path.isdir(choice):
+        by_stem: dict[str, Path] = {}
+        for path in photographs:
+            other = by_stem.setdefault(comparable(path.stem), path)
+            if other is not path:
+                raise PhotographError(
+                    f"--roi-mask {choice}: {other} and {path} would have one mask, as their stems are the same; "
+                    "segment them by two commands"
+                )
 
 
 def choose_field_of_view(path: Path, photograph: np.ndarray, choice: str | None) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +77,7 @@ def roi_mask_path(path: Path, choice: str | None) -> Path | None:
         return Path(choice)
     stems = path.stem, f"{path.stem}_mask"
     known = {comparable(stem) for stem in stems}
-    matches = [file for file in list_photographs([choice]) if comparable(file.stem) in known]
+    matches = [file for file in images_in(Path(choice)) if comparable(file.stem) in known]
     if len(matches) != 1:
         found = "both " + " and ".join(map(str, matches[:2])) if matches else "no such file"
         raise PhotographError(f"--roi-mask {choice}: needs one {stems[0]}.* or {stems[1]}.* for {path}, has {found}")

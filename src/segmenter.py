@@ -122,8 +122,10 @@ class Segmenter:
             tile, batch_size: as `src.segment.segment`; the default is tiles too where the photograph is very large.
 
         Raises:
-            DatasetError: the file cannot be read, or an array is not as above.
+            DatasetError: the file cannot be read, or an array or the threshold is not as above.
         """
+        if not 0 <= threshold <= 1:
+            raise DatasetError(f"threshold {threshold}: is no probability; give one from 0 to 1")
         image = _as_array(photograph)
         if field_of_view is not None:
             field_of_view = _as_mask("field_of_view", field_of_view, image)

@@ -85,9 +85,10 @@ def read_file(path: Path) -> Any:
                 "Give a file that holds tensors and plain values alone"
             ) from error
         raise CheckpointError(f"{path}: not a file of weights; give one that train.py wrote") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (*_DAMAGE, zipfile.BadZipFile) as error:
+    except (*_DAMAGE, zipfile.BadZipFile, OSError) as error:
+        # EINVAL is of a place before the beginning, where a part of the file is missing.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
         raise CheckpointError(f"{path}: not a whole file of weights; give one that train.py wrote") from error
 
 

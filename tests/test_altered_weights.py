@@ -284,3 +284,14 @@ def test_a_file_that_names_only_a_part_of_its_model(content, tmp_path):
     """The rest has the defaults that it would be built with."""
     path = altered(content, put("model_args", {"base_c": 4, "pretrain_backbone": True}), tmp_path / "a.pth")
     assert load_model(path, CPU)[1]["model_args"] == content["model_args"]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.99])
+def test_a_part_of_a_file(content, tmp_path, share):
+    path = tmp_path / "part.pth"
+    torch.save(content, path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(
+        CheckpointError, match=r"part\.pth: not a (whole )?file of weights; give one that train\.py wrote"
+    ):
+        load_model(path, CPU)

@@ -254,8 +254,9 @@ def test_equal_stems_in_folders_of_equal_names(tmp_path, weights, photographs, c
     run(*flags[:2], "--image", photographs / "02.png", "--output", tmp_path / "alone.png")
     assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "out" / names[1]).read_bytes()
     (tmp_path / "in/one/left/a.png").rename(tmp_path / "in/two/left/A.png")  # the same name to some file systems
-    message = fails(capsys, *flags, "--image", tmp_path / "in/two/left")
-    assert str(tmp_path / "in/two/left/a.png") in message and str(tmp_path / "in/two/left/A.png") in message
+    run(*flags[:2], "--output", tmp_path / "cases", "--image", tmp_path / "in/two/left")
+    named = {Path(row["file"]).name: row["mask"] for row in table(tmp_path / "cases")}
+    assert set(named) == {"a.png", "A.png"} and len({mask.lower() for mask in named.values()}) == 2
 
 
 def test_recursive(tmp_path, weights, photographs, monkeypatch, capsys):
@@ -1086,7 +1087,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, weights, photographs,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    message = fails(capsys, "--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "a.png")
+    flags = "--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "a.png", "--overwrite"
+    message = fails(capsys, *flags)
     assert "a.png: cannot be written (No space left on device)" in message
     assert (tmp_path / "a.png").read_bytes() == b"before"
     assert files(tmp_path) == ["a.png", "photographs"]
@@ -1127,10 +1129,89 @@ def test_another_picture_beside_one_mask_stays(tmp_path, weights, photographs, c
     before = theirs.read_bytes()
     flags = "--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "left.png", "--overlay"
     message = fails(capsys, *flags)
-    assert "left_overlay.png is there, and no mask that tells of it" in message and theirs.read_bytes() == before
+    assert "left_overlay.png is there, and this program did not write it" in message and theirs.read_bytes() == before
     run(*flags, "--overwrite")
     assert theirs.read_bytes() != before
     run(*flags)  # it is ours now
+
+
+@pytest.mark.parametrize("name", ["mine.png", "mine_overlay.png", "mine_probability.png"])
+def test_what_others_drew_is_not_replaced(tmp_path, weights, photographs, capsys, name):
+    """A mask drawn by hand looks like one of this program's."""
+    theirs = Path(tmp_path, name)
+    Image.new("L", (80, 72), 255).save(theirs)
+    before = theirs.read_bytes()
+    flags = ("--weights", weights, "--image", photographs / "01.png", "--save-prob", "--overlay", "--output")
+    assert f"{name} is there, and this program did not write it" in fails(capsys, *flags, tmp_path / "mine.png")
+    assert theirs.read_bytes() == before
+    run(*flags, tmp_path / "mine.png", "--overwrite")
+    run(*flags, tmp_path / "mine.png", "--threshold", "0.4")
+    # In a folder with a table, too.
+    run(*flags, tmp_path / "out")
+    label = tmp_path / "out" / "02_vessels.png"
+    Image.new("L", (80, 72), 255).save(label)
+    folder = *flags[:2], "--image", photographs, "--output", tmp_path / "out"
+    assert "02_vessels.png is there, and this program did not write it" in fails(capsys, *folder)
+    assert np.array(Image.open(label)).min() == 255
+    run(*folder, "--overwrite")
+
+
+def test_one_roi_mask_is_not_for_two_photographs(tmp_path, weights, photographs, capsys):
+    for folder, name in (("A", "01.png"), ("B", "02.png")):
+        (tmp_path / "deep" / folder).mkdir(parents=True)
+        Image.open(photographs / name).save(tmp_path / "deep" / folder / "1.png")
+    (tmp_path / "roi").mkdir()
+    Image.new("L", (80, 72), 255).save(tmp_path / "roi" / "1_mask.png")
+    flags = ("--weights", weights, "--roi-mask", tmp_path / "roi", "--output", tmp_path / "out", "--image")
+    message = fails(capsys, *flags, tmp_path / "deep", "--recursive")
+    assert f"{tmp_path}/deep/A/1.png and {tmp_path}/deep/B/1.png would have one mask" in message
+    run(*flags, tmp_path / "deep" / "A")
+    (tmp_path / "roi" / "1_mask.png").rename(tmp_path / "roi" / "2.txt")
+    assert f"--roi-mask {tmp_path}/roi: needs one 1.* or 1_mask.*" in fails(capsys, *flags, tmp_path / "deep" / "B")
+
+
+def test_what_a_folder_holds_besides(tmp_path, weights, photographs, capsys):
+    """Pictures that are not read are told of; other files are not."""
+    flags = ("--weights", weights, "--output", tmp_path / "out", "--image")
+    Image.open(photographs / "01.png").convert("RGB").save(photographs / "phone.jfif", format="JPEG")
+    for name in ("a.HEIC", "b.dcm", "notes.txt"):
+        (photographs / name).write_bytes(b"")
+    run(*flags, photographs)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+    assert told == [
+        f"warning: --image: passed over 2 pictures of kinds that are not read ({photographs}/a.HEIC, ...); "
+        "save them as PNG or TIFF"
+    ]
+    assert "phone.jfif" in {Path(row["file"]).name for row in table(tmp_path / "out")}
+    (tmp_path / "above").mkdir()
+    photographs.rename(tmp_path / "above" / "below")
+    message = fails(capsys, *flags, tmp_path / "above")
+    assert "no photographs there" in message and "there are some in its folders: add --recursive" in message
+
+
+def test_pictures_beside_one_mask_are_of_that_mask(tmp_path, weights, photographs):
+    flags = ("--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "r.png")
+    run(*flags, "--overlay", "--save-prob")
+    assert files(tmp_path) == ["photographs", "r.png", "r_overlay.png", "r_probability.png"]
+    run(*flags, "--threshold", "0.3", "--save-prob")
+    assert files(tmp_path) == ["photographs", "r.png", "r_probability.png"]
+    Image.new("L", (80, 72)).save(tmp_path / "r_overlay.png")  # somebody's own
+    run(*flags)
+    assert files(tmp_path) == ["photographs", "r.png", "r_overlay.png"]
+
+
+def test_a_photograph_has_one_mask_and_one_row(tmp_path, weights, photographs):
+    """Also if its mask gets another name, because there is another photograph of the same stem now."""
+    for path in photographs.iterdir():
+        path.rename(tmp_path / path.name)
+    Image.open(tmp_path / "01.png").save(photographs / "1.png")
+    flags = ("--weights", weights, "--image", photographs, "--output", tmp_path / "out", "--overlay")
+    run(*flags)
+    Image.open(tmp_path / "02.png").convert("RGB").save(photographs / "1.jpg")
+    run(*flags, "--threshold", "0.3")
+    names = [f"1_{ending}_{kind}.png" for ending in ("jpg", "png") for kind in ("overlay", "vessels")]
+    assert files(tmp_path / "out") == [*names, "predictions.csv"]
+    assert [Path(row["file"]).name for row in table(tmp_path / "out")] == ["1.jpg", "1.png"]
 
 
 def test_the_file_that_cannot_be_read_is_named(tmp_path, weights, photographs, capsys, monkeypatch):

@@ -107,6 +107,12 @@ def test_arrays_that_are_no_rgb_photographs(weights, photograph):
             segmenter(other)
 
 
+@pytest.mark.parametrize("threshold", [70, -0.1, float("nan")])
+def test_a_threshold_is_a_probability(weights, photograph, threshold):
+    with pytest.raises(DatasetError, match="is no probability; give one from 0 to 1"):
+        load_pretrained(weights)(photograph, threshold=threshold)
+
+
 def test_flips_are_those_of_the_weights(weights, photograph):
     segmenter = load_pretrained(weights)
     assert torch.equal(segmenter(photograph).probabilities, segmenter(photograph, flips=True).probabilities)

@@ -415,3 +415,11 @@ def test_ctrl_c_says_where_the_last_state_lies(shared_drive, working_directory):
     assert last.startswith("interrupted in epoch ") and last.endswith("--resume save_weights/last_model.pth")
     assert "Traceback" not in errors
     assert load_checkpoint("save_weights/last_model.pth")["epoch"] >= 1
+
+
+def test_flags_with_underscores(capsys):
+    for flags in (["--data_path", "."], ["--data_path=."]):
+        with pytest.raises(SystemExit):
+            train.parse_args(flags)
+        assert "unrecognized arguments: --data_path" in (error := capsys.readouterr().err)
+        assert "; write --data-path (see --help)" in error

@@ -305,3 +305,10 @@ def test_another_gamma_keeps_the_order_of_levels(bend):
     bent = T._bent(levels, torch.tensor(bend))
     assert bent.diff().min() > 0 and (bent - levels).abs().max() > 1
     torch.testing.assert_close(T._bent(torch.tensor([-1.0, 1.0]), torch.tensor(bend)), torch.tensor([-1.0, 1.0]))
+
+
+def test_arrays_become_tensors_as_pictures_do():
+    image, label = np.random.default_rng(0).integers(0, 255, (6, 5, 3), np.uint8), np.eye(6, 5, dtype=np.uint8)
+    pictures = T.ToTensor()(Image.fromarray(image), Image.fromarray(label))
+    for found, expected in zip(T.ToTensor()(image, label), pictures, strict=True):
+        assert torch.equal(found, expected)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from src import Segmentation
 from src.freed_memory import give_back_freed_memory
@@ -19,6 +19,7 @@ from src.photograph import (
     IMAGE_SUFFIXES,
     LARGE,
     ROWS_AT_ONCE,
+    UNREAD_SUFFIXES,
     PhotographError,
     images_in,
     list_photographs,
@@ -34,6 +35,7 @@ from .prediction_table import TABLE
 RESULT, FOLDER = "test_result.png", "predictions"  # the defaults of --output, for one photograph and for several
 KINDS = ("vessels", "overlay", "probability")  # at the end of a picture's name
 LONGEST_NAME = 220  # bytes; file systems allow 255, with "_probability.png" and the name of the temporary file
+AUTHOR = "U-Net for retinal vessels"  # named in every picture, so that no other is replaced
 COMPRESSION = 3  # of PNG: an overlay takes a third of the time of Pillow's 6, and is 11 % larger
 OPACITY = 0.6  # of the vessels in an overlay
 # The colours of the classes, again and again; cyan does not occur in a retina.
@@ -61,7 +63,9 @@ def find_photographs(args: argparse.Namespace) -> list[Path]:
 
     def is_output(file: Path) -> bool:
         stem, _, kind = file.stem.rpartition("_")
-        if kind in KINDS and file.suffix == ".png":
+        if is_own(file):
+            written = True
+        elif kind in KINDS and file.suffix == ".png":  # of an earlier version, which did not name its author
             folder = file.parent
             written = os.path.realpath(folder) in outputs or (folder / TABLE).exists() or stem in stems(folder)
         elif file.name == RESULT or os.path.realpath(file) in outputs:
@@ -79,6 +83,24 @@ def find_photographs(args: argparse.Namespace) -> list[Path]:
                 f"--image: left out {len(left_out)} pictures that this program wrote ({left_out[0]}"
                 f"{', ...' if len(left_out) > 1 else ''}); name them as files to take them for photographs"
             )
+        folders = [Path(name) for name in args.image if os.path.isdir(name)]
+        unread = [file for folder in folders for file in images_in(folder, args.recursive, UNREAD_SUFFIXES)]
+        if unread:
+            print(
+                f"warning: --image: passed over {len(unread)} pictures of kinds that are not read ({unread[0]}"
+                f"{', ...' if len(unread) > 1 else ''}); save them as PNG or TIFF"
+            )
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is a picture that `write_pictures` wrote (a PNG, not a thumbnail)."""
+    if not os.path.isfile(path):  # a pipe would wait for what is written to it
+        return False
+    try:
+        with open(path, "rb") as file:
+            return f"Software\0{AUTHOR}".encode() in file.read(256)
+    except OSError:
+        return False
 
 
 def _is_mask(path: Path) -> bool | None:
@@ -94,8 +116,8 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
     """The path of the table, if there is one, and the path of each photograph's mask.
 
     Raises:
-        UsageError: --output does not fit the photographs, or another photograph would be overwritten, or pictures of
-            which no table tells.
+        UsageError: --output does not fit the photographs, or a picture would be overwritten that this program did not
+            write, or of which no table tells.
         OutputError: an input would be overwritten.
     """
     single = len(photographs) == 1
@@ -117,8 +139,8 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
     if looks_like_a_file:
         if _is_mask(output) is False:
             raise UsageError(f"--output {output}: would overwrite a picture that is no mask; choose another name")
-        if not args.overwrite and not os.path.lexists(output):
-            _require_nothing_there(picture_paths(output, args), f"--output {output}", "mask")
+        if not args.overwrite:
+            require_no_others(masks, args)
         return None, masks
     folders = {os.path.realpath(folder) for folder in (output, *([output / THUMBNAILS] if args.report else []))}
     if any(os.path.realpath(path.parent) in folders for path in photographs):
@@ -127,8 +149,8 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
             "photographs; choose another folder"
         )
     if not args.overwrite and not os.path.exists(output / TABLE):
-        pictures = [path for mask in masks for path in picture_paths(mask, args)]
-        _require_nothing_there(pictures, f"--output {output}", TABLE)
+        there = [path for mask in masks for path in picture_paths(mask, args) if os.path.lexists(path)]
+        _require_none(there, f"--output {output}", f"no {TABLE} tells of it")
     return output / TABLE, masks
 
 
@@ -139,22 +161,35 @@ def _roi_masks(path: Path) -> list[Path]:
         raise UsageError(f"--roi-mask {path}: cannot be read ({error.strerror}); change its permissions") from error
 
 
-def _require_nothing_there(pictures: Sequence[Path], flag: str, teller: str) -> None:
-    there = [path for path in pictures if os.path.lexists(path)]
+def require_no_others(masks: Sequence[Path], args: argparse.Namespace) -> None:
+    """Check that no picture is there, of those to be written with these masks, that this program did not write.
+
+    Raises:
+        UsageError: one is.
+    """
+    there = [path for mask in masks for path in picture_paths(mask, args) if os.path.lexists(path)]
+    others = [
+        path
+        for path in there
+        # The tutorial's program wrote RESULT, too, and thumbnails lie in a folder of their own.
+        if not is_own(path) and path.parent.name != THUMBNAILS and not (args.output is None and path == Path(RESULT))
+    ]
+    _require_none(others, f"--output {args.output or masks[0]}", "this program did not write it")
+
+
+def _require_none(there: Sequence[Path], flag: str, reason: str) -> None:
     if there:
         raise UsageError(
-            f"{flag}: {there[0].name} is there, and no {teller} that tells of it; choose another name, or let "
-            f"--overwrite replace what is there ({len(there)} picture{'s' if len(there) > 1 else ''})"
+            f"{flag}: {there[0].name} is there, and {reason}; choose another name, or let --overwrite replace what is "
+            f"there ({len(there)} picture{'s' if len(there) > 1 else ''})"
         )
 
 
 def output_names(photographs: Sequence[Path]) -> list[str]:
     """The stem of each photograph; if two are the same, with the ending; if still the same, with its folders.
 
-    So many folders are added as it takes. A name that is too long for a file is cut, and a digest added.
-
-    Raises:
-        UsageError: two are still the same.
+    So many folders are added as it takes. If two differ by case alone, a digest of the path is added. A name that is
+    too long for a file is cut, and a digest added.
     """
     absolute = [Path(os.path.abspath(path)) for path in photographs]
     parts = [(*path.parts[1:-1], path.name.replace(".", "_")) for path in absolute]
@@ -171,9 +206,11 @@ def output_names(photographs: Sequence[Path]) -> list[str]:
             "_".join(part[-length:]) if name.lower() in clashes else name
             for name, part in zip(names, parts, strict=True)
         ]
-    if clashes := shared():
-        first, second = [path for name, path in zip(names, photographs, strict=True) if name.lower() in clashes][:2]
-        raise UsageError(f"--image: {first} and {second} would get masks of the same name; predict them separately")
+    clashes = shared()  # files whose names differ by case alone
+    names = [
+        f"{name}_{_digest(os.fsencode(path))}" if name.lower() in clashes else name
+        for name, path in zip(names, absolute, strict=True)
+    ]
     return [_fitting(name) for name in names]
 
 
@@ -181,8 +218,11 @@ def _fitting(name: str) -> str:
     content = os.fsencode(name)
     if len(content) <= LONGEST_NAME:
         return name
-    digest = hashlib.sha256(content).hexdigest()[:16]
-    return content[: LONGEST_NAME - 17].decode(errors="ignore") + f"_{digest}"
+    return content[: LONGEST_NAME - 17].decode(errors="ignore") + f"_{_digest(content)}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def beside(mask: Path, kind: str) -> Path:
@@ -201,13 +241,27 @@ def _all_pictures(mask: Path) -> list[Path]:
     return [mask, *(beside(mask, kind) for kind in KINDS if kind != "vessels"), *thumbnail_paths(mask)]
 
 
-def remove_other_pictures(mask: Path, args: argparse.Namespace) -> None:
+def remove_other_pictures(mask: Path, args: argparse.Namespace, *, known: bool) -> None:
     """Remove the pictures of a mask that `write_pictures` does not write: they would show an earlier one.
+
+    Args:
+        known: a table tells that they are this program's; else only those go of which they tell it themselves.
 
     Raises:
         OutputError: one cannot be removed.
     """
     for path in set(_all_pictures(mask)) - set(picture_paths(mask, args)):
+        if known or is_own(path):
+            remove(path)
+
+
+def remove_pictures(mask: Path) -> None:
+    """Remove a mask and the other pictures of it.
+
+    Raises:
+        OutputError: one cannot be removed.
+    """
+    for path in _all_pictures(mask):
         remove(path)
 
 
@@ -225,18 +279,24 @@ def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace)
     if args.overlay or args.report:
         overlay = draw_overlay(prediction)
         if args.overlay:
-            write_picture(beside(mask, "overlay"), overlay, compress_level=COMPRESSION)
+            _write(beside(mask, "overlay"), overlay, compress_level=COMPRESSION)
         if args.report:
             write_thumbnail(overlay_thumbnail, overlay)
         del overlay
     if prediction.labels.size > LARGE:
         give_back_freed_memory()
     if args.save_prob:
-        write_picture(beside(mask, "probability"), draw_probability(prediction), compress_level=COMPRESSION)
+        _write(beside(mask, "probability"), draw_probability(prediction), compress_level=COMPRESSION)
     two_classes = len(prediction.working_probabilities) == 1
     # By runs of one value: a mask takes a tenth less time than by COMPRESSION, and its file is half as large.
     picture = Image.fromarray(prediction.labels * np.uint8(255) if two_classes else prediction.labels)
-    write_picture(mask, picture, compress_type=zlib.Z_RLE)
+    _write(mask, picture, compress_type=zlib.Z_RLE)
+
+
+def _write(path: Path, picture: Image.Image, **options: int) -> None:
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("Software", AUTHOR)
+    write_picture(path, picture, pnginfo=texts, **options)
 
 
 def draw_overlay(prediction: Prediction) -> Image.Image:
