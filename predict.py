@@ -44,16 +44,26 @@ from train_utils.prediction_files import (
     brief_line,
     facts,
     find_photographs,
+    is_own,
     picture_paths,
     plan_outputs,
     progress_line,
     remove_other_pictures,
-    remove_pictures,
     require_no_others,
     write_pictures,
 )
 from train_utils.prediction_report import REPORT, THUMBNAILS, write_report
-from train_utils.prediction_table import COLUMNS, DIGESTS, FACTS, PredictionTable, Row, digest, escaped, printable
+from train_utils.prediction_table import (
+    COLUMNS,
+    DIGESTS,
+    FACTS,
+    TABLE,
+    PredictionTable,
+    Row,
+    digest,
+    escaped,
+    printable,
+)
 
 TRAINED = Path("save_weights", "best_model.pth")
 AT_ONCE = 2  # photographs that are worked on at once
@@ -125,9 +135,8 @@ def segment_all(
     """
     settings = digest(Path(args.weights), describe_settings(args).encode())
     jobs = [(path, mask, rows.former(mask)) for path, mask in zip(photographs, masks, strict=True)]
-    if rows.path is not None and not args.overwrite:
-        require_no_others([mask for _, mask, former in jobs if former is None], args)
-    earlier, names = rows.masks(), {escaped(Path(mask.name)) for mask in masks}
+    if rows.rows and not args.overwrite:  # of an earlier version's table there are none, and all is segmented anew
+        require_no_others([(mask, former is not None) for _, mask, former in jobs], args)
     done: list[Outcome] = []
     started, new = time.perf_counter(), 0
     threads = torch.get_num_threads()
@@ -143,10 +152,6 @@ def segment_all(
             for outcome in outcomes:
                 done.append(outcome)
                 rows.add(outcome.row)
-                if outcome.row["mask"]:  # its name may be another now, because of another photograph's
-                    for name in earlier[outcome.row["file"]] - names:
-                        remove_pictures(masks[0].parent / name)
-                        rows.drop(name)
                 new += not outcome.kept
                 left = (time.perf_counter() - started) / max(new, 1) * (len(jobs) - len(done))
                 time_left = f" ({timedelta(seconds=round(left))} left)" if new and left >= 1 else ""
@@ -202,6 +207,10 @@ def work_on(
             if same and all(picture.exists() for picture in picture_paths(mask, args)):
                 line = f"{path.name}: segmented before" if brief else f"{path}: segmented before -> {mask}"
                 return Outcome(path, former | {"file": row["file"]}, line, kept=True)
+        own = is_own(mask)
+        alone = (
+            former is None and own and not os.path.exists(mask.with_name(TABLE))
+        )  # no table tells of the earlier one
         places = 1 if brief and pixel_count(path) <= LARGE else AT_ONCE  # two large ones may not fit into memory
         with _PLACES.taken(places):
             torch.set_num_threads(threads if threads % AT_ONCE else threads * places // AT_ONCE)  # of this thread
@@ -209,8 +218,8 @@ def work_on(
             with memory_for(path):
                 write_pictures(prediction, mask, args)
         replaced = former is not None and not same
-        if not same:
-            remove_other_pictures(mask, args, known=replaced)  # of the mask before
+        if replaced or alone:
+            remove_other_pictures(mask, args, own)  # of the mask before
         row |= facts(prediction, time.perf_counter() - started) | {"mask": escaped(Path(mask.name))}
         line = brief_line(prediction) if brief else f"{progress_line(prediction)} -> {mask}"
         if former and former["settings_digest"] != row["settings_digest"]:

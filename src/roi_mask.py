@@ -29,7 +29,7 @@ def require_roi_mask(choice: str | None, photographs: Iterable[Path]) -> None:
             if other is not path:
                 raise PhotographError(
                     f"--roi-mask {choice}: {other} and {path} would have one mask, as their stems are the same; "
-                    "segment them by two commands"
+                    "segment them by two commands, with an --output each"
                 )
 
 

@@ -1129,7 +1129,7 @@ def test_another_picture_beside_one_mask_stays(tmp_path, weights, photographs, c
     before = theirs.read_bytes()
     flags = "--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "left.png", "--overlay"
     message = fails(capsys, *flags)
-    assert "left_overlay.png is there, and this program did not write it" in message and theirs.read_bytes() == before
+    assert "left_overlay.png is there, and no mask that tells of it" in message and theirs.read_bytes() == before
     run(*flags, "--overwrite")
     assert theirs.read_bytes() != before
     run(*flags)  # it is ours now
@@ -1142,7 +1142,8 @@ def test_what_others_drew_is_not_replaced(tmp_path, weights, photographs, capsys
     Image.new("L", (80, 72), 255).save(theirs)
     before = theirs.read_bytes()
     flags = ("--weights", weights, "--image", photographs / "01.png", "--save-prob", "--overlay", "--output")
-    assert f"{name} is there, and this program did not write it" in fails(capsys, *flags, tmp_path / "mine.png")
+    reason = "this program did not write it" if name == "mine.png" else "no mask that tells of it"
+    assert f"{name} is there, and {reason}" in fails(capsys, *flags, tmp_path / "mine.png")
     assert theirs.read_bytes() == before
     run(*flags, tmp_path / "mine.png", "--overwrite")
     run(*flags, tmp_path / "mine.png", "--threshold", "0.4")
@@ -1154,6 +1155,37 @@ def test_what_others_drew_is_not_replaced(tmp_path, weights, photographs, capsys
     assert "02_vessels.png is there, and this program did not write it" in fails(capsys, *folder)
     assert np.array(Image.open(label)).min() == 255
     run(*folder, "--overwrite")
+
+
+def test_another_picture_beside_a_mask_in_a_folder_stays(tmp_path, weights, photographs, capsys):
+    flags = ("--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "out")
+    run(*flags, "--report")
+    theirs = tmp_path / "out" / "01_overlay.png"
+    Image.new("RGB", (4, 4)).save(theirs)
+    before = theirs.read_bytes()
+    assert "01_overlay.png is there, and this program did not write it" in fails(capsys, *flags, "--overlay")
+    run(*flags, "--threshold", "0.4")
+    assert theirs.read_bytes() == before
+    run(*flags, "--overlay", "--overwrite")
+    assert theirs.read_bytes() != before
+
+
+def test_folders_of_earlier_versions(tmp_path, weights, photographs):
+    """Their pictures do not tell who wrote them; their table does."""
+    flags = ("--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "out")
+    run(*flags, "--overlay")
+    for path in (tmp_path / "out").glob("*.png"):
+        Image.open(path).save(path)  # without texts
+    (before,) = table(tmp_path / "out")
+    run(*flags)
+    assert table(tmp_path / "out") == [before]
+    run(*flags, "--threshold", "0.4")
+    assert files(tmp_path / "out") == ["01_vessels.png", "predictions.csv"]
+    # Of a still earlier one, whose table had less columns.
+    lines = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
+    (tmp_path / "out" / "predictions.csv").write_text("".join(f"{line.rpartition(',')[0]}\n" for line in lines))
+    run(*flags)
+    assert len(table(tmp_path / "out")) == 1
 
 
 def test_one_roi_mask_is_not_for_two_photographs(tmp_path, weights, photographs, capsys):
@@ -1198,20 +1230,10 @@ def test_pictures_beside_one_mask_are_of_that_mask(tmp_path, weights, photograph
     Image.new("L", (80, 72)).save(tmp_path / "r_overlay.png")  # somebody's own
     run(*flags)
     assert files(tmp_path) == ["photographs", "r.png", "r_overlay.png"]
-
-
-def test_a_photograph_has_one_mask_and_one_row(tmp_path, weights, photographs):
-    """Also if its mask gets another name, because there is another photograph of the same stem now."""
-    for path in photographs.iterdir():
-        path.rename(tmp_path / path.name)
-    Image.open(tmp_path / "01.png").save(photographs / "1.png")
-    flags = ("--weights", weights, "--image", photographs, "--output", tmp_path / "out", "--overlay")
-    run(*flags)
-    Image.open(tmp_path / "02.png").convert("RGB").save(photographs / "1.jpg")
-    run(*flags, "--threshold", "0.3")
-    names = [f"1_{ending}_{kind}.png" for ending in ("jpg", "png") for kind in ("overlay", "vessels")]
-    assert files(tmp_path / "out") == [*names, "predictions.csv"]
-    assert [Path(row["file"]).name for row in table(tmp_path / "out")] == ["1.jpg", "1.png"]
+    # A name of a folder's own mask: what is beside is of that.
+    run(*flags[:4], "--output", tmp_path / "out", "--overlay")
+    run(*flags[:2], "--image", photographs / "02.png", "--output", tmp_path / "out" / "01_vessels.png")
+    assert files(tmp_path / "out") == ["01_overlay.png", "01_vessels.png", "predictions.csv"]
 
 
 def test_the_file_that_cannot_be_read_is_named(tmp_path, weights, photographs, capsys, monkeypatch):

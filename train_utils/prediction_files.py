@@ -6,7 +6,7 @@ import hashlib
 import os
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,13 +92,13 @@ def find_photographs(args: argparse.Namespace) -> list[Path]:
             )
 
 
-def is_own(path: Path) -> bool:
-    """Whether a file is a picture that `write_pictures` wrote (a PNG, not a thumbnail)."""
+def is_own(path: Path, kind: str = "") -> bool:
+    """Whether a file is a picture, of one of KINDS or any, that `write_pictures` wrote (thumbnails do not tell)."""
     if not os.path.isfile(path):  # a pipe would wait for what is written to it
         return False
     try:
         with open(path, "rb") as file:
-            return f"Software\0{AUTHOR}".encode() in file.read(256)
+            return f"Software\0{AUTHOR}: {kind}".encode() in file.read(256)
     except OSError:
         return False
 
@@ -139,8 +139,11 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
     if looks_like_a_file:
         if _is_mask(output) is False:
             raise UsageError(f"--output {output}: would overwrite a picture that is no mask; choose another name")
-        if not args.overwrite:
-            require_no_others(masks, args)
+        if not args.overwrite and not os.path.lexists(output):
+            there = [path for path in picture_paths(output, args) if os.path.lexists(path)]
+            _require_none(there, f"--output {output}", "no mask that tells of it")
+        elif not args.overwrite and output.name != RESULT:  # which the tutorial's program wrote, too
+            require_no_others([(output, False)], args)
         return None, masks
     folders = {os.path.realpath(folder) for folder in (output, *([output / THUMBNAILS] if args.report else []))}
     if any(os.path.realpath(path.parent) in folders for path in photographs):
@@ -161,20 +164,23 @@ def _roi_masks(path: Path) -> list[Path]:
         raise UsageError(f"--roi-mask {path}: cannot be read ({error.strerror}); change its permissions") from error
 
 
-def require_no_others(masks: Sequence[Path], args: argparse.Namespace) -> None:
-    """Check that no picture is there, of those to be written with these masks, that this program did not write.
+def require_no_others(masks: Iterable[tuple[Path, bool]], args: argparse.Namespace) -> None:
+    """Check that no picture that is to be written replaces one that this program did not write.
+
+    Args:
+        masks: with each, whether a table tells of it. Then an earlier version may have written it, and what is beside.
 
     Raises:
-        UsageError: one is.
+        UsageError: one would be replaced.
     """
-    there = [path for mask in masks for path in picture_paths(mask, args) if os.path.lexists(path)]
     others = [
         path
-        for path in there
-        # The tutorial's program wrote RESULT, too, and thumbnails lie in a folder of their own.
-        if not is_own(path) and path.parent.name != THUMBNAILS and not (args.output is None and path == Path(RESULT))
+        for mask, known in masks
+        if not (known and not is_own(mask))
+        for path in picture_paths(mask, args)
+        if os.path.lexists(path) and not is_own(path) and path.parent.name != THUMBNAILS
     ]
-    _require_none(others, f"--output {args.output or masks[0]}", "this program did not write it")
+    _require_none(others, f"--output {args.output or FOLDER}", "this program did not write it (or an earlier version)")
 
 
 def _require_none(there: Sequence[Path], flag: str, reason: str) -> None:
@@ -241,28 +247,19 @@ def _all_pictures(mask: Path) -> list[Path]:
     return [mask, *(beside(mask, kind) for kind in KINDS if kind != "vessels"), *thumbnail_paths(mask)]
 
 
-def remove_other_pictures(mask: Path, args: argparse.Namespace, *, known: bool) -> None:
+def remove_other_pictures(mask: Path, args: argparse.Namespace, own: bool) -> None:
     """Remove the pictures of a mask that `write_pictures` does not write: they would show an earlier one.
 
     Args:
-        known: a table tells that they are this program's; else only those go of which they tell it themselves.
+        own: the earlier mask told that it was this program's, so those beside it tell it too; others stay.
 
     Raises:
         OutputError: one cannot be removed.
     """
     for path in set(_all_pictures(mask)) - set(picture_paths(mask, args)):
-        if known or is_own(path):
+        kind = path.stem.rpartition("_")[2]
+        if not own or path.parent.name == THUMBNAILS or is_own(path, kind):
             remove(path)
-
-
-def remove_pictures(mask: Path) -> None:
-    """Remove a mask and the other pictures of it.
-
-    Raises:
-        OutputError: one cannot be removed.
-    """
-    for path in _all_pictures(mask):
-        remove(path)
 
 
 def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace) -> None:
@@ -279,23 +276,23 @@ def write_pictures(prediction: Prediction, mask: Path, args: argparse.Namespace)
     if args.overlay or args.report:
         overlay = draw_overlay(prediction)
         if args.overlay:
-            _write(beside(mask, "overlay"), overlay, compress_level=COMPRESSION)
+            _write(beside(mask, "overlay"), overlay, "overlay", compress_level=COMPRESSION)
         if args.report:
             write_thumbnail(overlay_thumbnail, overlay)
         del overlay
     if prediction.labels.size > LARGE:
         give_back_freed_memory()
     if args.save_prob:
-        _write(beside(mask, "probability"), draw_probability(prediction), compress_level=COMPRESSION)
+        _write(beside(mask, "probability"), draw_probability(prediction), "probability", compress_level=COMPRESSION)
     two_classes = len(prediction.working_probabilities) == 1
     # By runs of one value: a mask takes a tenth less time than by COMPRESSION, and its file is half as large.
     picture = Image.fromarray(prediction.labels * np.uint8(255) if two_classes else prediction.labels)
-    _write(mask, picture, compress_type=zlib.Z_RLE)
+    _write(mask, picture, "vessels", compress_type=zlib.Z_RLE)
 
 
-def _write(path: Path, picture: Image.Image, **options: int) -> None:
+def _write(path: Path, picture: Image.Image, kind: str, **options: int) -> None:
     texts = PngImagePlugin.PngInfo()
-    texts.add_text("Software", AUTHOR)
+    texts.add_text("Software", f"{AUTHOR}: {kind}")
     write_picture(path, picture, pnginfo=texts, **options)
 
 

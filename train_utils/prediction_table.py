@@ -4,7 +4,6 @@ import csv
 import hashlib
 import os
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -72,17 +71,6 @@ class PredictionTable:
     def former(self, mask: Path) -> Row | None:
         """The row of a mask in this folder."""
         return self.rows.get(("mask", escaped(Path(mask.name))))
-
-    def masks(self) -> dict[str, set[str]]:
-        """The names of the masks that each photograph has in this folder; more than one, if its name was shared."""
-        found: dict[str, set[str]] = defaultdict(set)
-        for row in self.rows.values():
-            found[row["file"]] |= {row["mask"]} - {""}
-        return found
-
-    def drop(self, mask: str) -> None:
-        """Forget the row of a mask."""
-        self.rows.pop(("mask", mask), None)
 
     def add(self, row: Row) -> None:
         """Append a row; it replaces an earlier one of the same mask, and a failure of the same photograph.
