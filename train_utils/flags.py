@@ -123,10 +123,10 @@ def add_training_flags(parser: Parser) -> None:
     group.add_argument(
         "--optimizer", choices=["sgd", "adamw", "muon"], help="optimizer; muon: Muon for filters, AdamW for all else"
     )
-    group.add_argument("--lr", type=at_least(0, float, below=1e9), help="peak learning rate")
+    group.add_argument("--lr", type=at_least(0, float, below=1e36), help="peak learning rate")
     group.add_argument("--momentum", default=0.9, type=at_least(0, float), help="momentum of --optimizer sgd")
     group.add_argument(
-        "--wd", "--weight-decay", type=at_least(0, float, below=1e9), dest="weight_decay", help="weight decay"
+        "--wd", "--weight-decay", type=at_least(0, float, below=1e36), dest="weight_decay", help="weight decay"
     )
     group.add_argument(
         "--schedule",
