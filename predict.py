@@ -208,9 +208,8 @@ def work_on(
                 line = f"{path.name}: segmented before" if brief else f"{path}: segmented before -> {mask}"
                 return Outcome(path, former | {"file": row["file"]}, line, kept=True)
         own = is_own(mask)
-        alone = (
-            former is None and own and not os.path.exists(mask.with_name(TABLE))
-        )  # no table tells of the earlier one
+        # Without a table, the mask itself tells of an earlier one.
+        alone = former is None and own and not os.path.exists(mask.with_name(TABLE))
         places = 1 if brief and pixel_count(path) <= LARGE else AT_ONCE  # two large ones may not fit into memory
         with _PLACES.taken(places):
             torch.set_num_threads(threads if threads % AT_ONCE else threads * places // AT_ONCE)  # of this thread
