@@ -135,7 +135,7 @@ def segment_all(
     """
     settings = digest(Path(args.weights), describe_settings(args).encode())
     jobs = [(path, mask, rows.former(mask)) for path, mask in zip(photographs, masks, strict=True)]
-    if rows.rows and not args.overwrite:  # of an earlier version's table there are none, and all is segmented anew
+    if rows.path is not None and not rows.of_earlier_version and not args.overwrite:
         require_no_others([(mask, former is not None) for _, mask, former in jobs], args)
     done: list[Outcome] = []
     started, new = time.perf_counter(), 0

@@ -431,6 +431,7 @@ LARGE = (
     ("train", "--seed", 2**63, (0, 2)),
     ("train", "--fold", f"1/{10**9}", (1,)),
     ("train", "--lr", 1e30, (1,)),
+    *(("train", flag, 1e308, (2,)) for flag in ("--lr", "--weight-decay")),
     ("train", "--fov-diameter", 19999, (0, 1)),
     ("predict", "--tile", 2**62, (0,)),
     ("predict", "--batch-size", 2**62, (0,)),

@@ -1154,6 +1154,10 @@ def test_what_others_drew_is_not_replaced(tmp_path, weights, photographs, capsys
     folder = *flags[:2], "--image", photographs, "--output", tmp_path / "out"
     assert "02_vessels.png is there, and this program did not write it" in fails(capsys, *folder)
     assert np.array(Image.open(label)).min() == 255
+    # A run that was stopped at once leaves a table without rows.
+    rows = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
+    (tmp_path / "out" / "predictions.csv").write_text(f"{rows[0]}\n")
+    assert "02_vessels.png is there, and this program did not write it" in fails(capsys, *folder)
     run(*folder, "--overwrite")
 
 

@@ -217,7 +217,7 @@ def test_the_best_epoch_is_chosen_anew_on_other_photographs(
 
 
 @pytest.mark.parametrize("changed", ["photographs", "labels"])
-def test_a_finished_run_keeps_its_files_when_what_is_held_out_changes(drive, working_directory, changed):
+def test_a_finished_run_keeps_its_files_when_what_is_held_out_changes(drive, working_directory, changed, capsys):
     run(drive, "--epochs", 1, "--val-split", 2)
     before = {path.name: path.read_bytes() for path in LAST.parent.iterdir()}
     split = 2
@@ -229,6 +229,7 @@ def test_a_finished_run_keeps_its_files_when_what_is_held_out_changes(drive, wor
     with pytest.raises(UsageError, match=r"last_model\.pth: its 1 epochs are done, .* raise --epochs"):
         run(drive, "--epochs", 1, "--val-split", split, "--resume", "auto")
     assert {path.name: path.read_bytes() for path in LAST.parent.iterdir()} == before
+    assert "chosen anew" not in capsys.readouterr().out
     run(drive, "--epochs", 2, "--val-split", split, "--resume", "auto")
 
 

@@ -40,12 +40,14 @@ class PredictionTable:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.rows: dict[tuple[str, str], Row] = {}  # by the name of the mask; failures by that of the photograph
+        self.of_earlier_version = False  # whether its rows could not be taken over
         if path is None:
             return
         self._lock = FolderLock(path.with_suffix(".lock"), "--output")
         self._lock.take()
         try:
-            self.rows = {_key(row): row for row in _read(path)}
+            rows, self.of_earlier_version = _read(path)
+            self.rows = {_key(row): row for row in rows}
             self._open()
         except BaseException:
             self._lock.release()
@@ -100,12 +102,12 @@ def _key(row: Row) -> tuple[str, str]:
     return ("mask", row["mask"]) if row["mask"] else ("file", row["file"])
 
 
-def _read(path: Path) -> list[Row]:
-    """The whole rows of a table; none of one that an earlier version wrote, which lacks columns."""
+def _read(path: Path) -> tuple[list[Row], bool]:
+    """The whole rows of a table, and whether an earlier version wrote it, so that it lacks columns; then none."""
     try:
         text = path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
-        return []
+        return [], False
     except OSError as error:
         raise OutputError(f"{path}: cannot be read ({error.strerror or error}); choose another --output") from error
     lines = text[: text.rfind("\n") + 1].splitlines()
@@ -118,11 +120,12 @@ def _read(path: Path) -> list[Row]:
         raise UsageError(f"--output {path.parent}: {path.name} there is not of predict.py; choose another folder")
     # An earlier version wrote paths as they were given, most often in this working directory.
     here = escaped(Path.cwd())
-    return [
+    whole = [
         row | {"file": Path(os.path.normpath(os.path.join(here, row["file"]))).as_posix()}
         for row in rows
         if None not in row and None not in row.values()
     ]
+    return whole, bool(text) and header != list(COLUMNS)
 
 
 def escaped(path: Path) -> str:
