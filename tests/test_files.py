@@ -81,7 +81,7 @@ def test_whole_paths_in_a_table_keep_their_slashes(tmp_path, monkeypatch):
     monkeypatch.setattr(prediction_table, "Path", PureWindowsPath)
     monkeypatch.setattr(prediction_table, "escaped", lambda path: "D:/elsewhere")
     monkeypatch.setattr(PureWindowsPath, "cwd", lambda: None, raising=False)
-    (read,) = prediction_table._read(tmp_path / "predictions.csv")
+    (read,), _ = prediction_table._read(tmp_path / "predictions.csv")
     assert read["file"] == row["file"]
 
 
