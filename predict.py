@@ -208,6 +208,11 @@ def work_on(
                 line = f"{path.name}: segmented before" if brief else f"{path}: segmented before -> {mask}"
                 return Outcome(path, former | {"file": row["file"]}, line, kept=True)
         own = is_own(mask)
+        if former and not own and not args.overwrite and os.path.lexists(mask):
+            raise PhotographError(
+                f"{path}: {mask} was changed since this program wrote it (or an earlier version did); choose another "
+                "--output, or let --overwrite replace it"
+            )
         # Without a table, the mask itself tells of an earlier one.
         alone = former is None and own and not os.path.exists(mask.with_name(TABLE))
         places = 1 if brief and pixel_count(path) <= LARGE else AT_ONCE  # two large ones may not fit into memory
@@ -218,7 +223,7 @@ def work_on(
                 write_pictures(prediction, mask, args)
         replaced = former is not None and not same
         if replaced or alone:
-            remove_other_pictures(mask, args, own)  # of the mask before
+            remove_other_pictures(mask, args)  # of the mask before
         row |= facts(prediction, time.perf_counter() - started) | {"mask": escaped(Path(mask.name))}
         line = brief_line(prediction) if brief else f"{progress_line(prediction)} -> {mask}"
         if former and former["settings_digest"] != row["settings_digest"]:

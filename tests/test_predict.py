@@ -1174,7 +1174,24 @@ def test_another_picture_beside_a_mask_in_a_folder_stays(tmp_path, weights, phot
     assert theirs.read_bytes() != before
 
 
-def test_folders_of_earlier_versions(tmp_path, weights, photographs):
+def test_a_mask_corrected_by_hand_stays(tmp_path, weights, photographs, capsys):
+    flags = ("--weights", weights, "--image", photographs, "--output", tmp_path / "out")
+    run(*flags)
+    corrected = tmp_path / "out" / "02_vessels.png"
+    Image.new("L", (80, 72), 255).save(corrected)
+    before = corrected.read_bytes()
+    lines_of(capsys)
+    assert kept(capsys, *flags) == [1, 2, 3, 4]
+    for others in (["--threshold", "0.4"], ["--overlay"]):
+        message = fails_of_many(capsys, *flags, *others)
+        assert f"02.png: {corrected} was changed since this program wrote it" in message
+        assert corrected.read_bytes() == before
+        assert 2 in kept(capsys, *flags)
+    run(*flags, "--overwrite")
+    assert corrected.read_bytes() != before
+
+
+def test_folders_of_earlier_versions(tmp_path, weights, photographs, capsys):
     """Their pictures do not tell who wrote them; their table does."""
     flags = ("--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "out")
     run(*flags, "--overlay")
@@ -1183,8 +1200,9 @@ def test_folders_of_earlier_versions(tmp_path, weights, photographs):
     (before,) = table(tmp_path / "out")
     run(*flags)
     assert table(tmp_path / "out") == [before]
-    run(*flags, "--threshold", "0.4")
-    assert files(tmp_path / "out") == ["01_vessels.png", "predictions.csv"]
+    assert "(or an earlier version did)" in fails(capsys, *flags, "--threshold", "0.4")
+    run(*flags, "--threshold", "0.4", "--overwrite")
+    assert files(tmp_path / "out") == ["01_overlay.png", "01_vessels.png", "predictions.csv"]
     # Of a still earlier one, whose table had less columns.
     lines = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
     (tmp_path / "out" / "predictions.csv").write_text("".join(f"{line.rpartition(',')[0]}\n" for line in lines))

@@ -168,7 +168,7 @@ def require_no_others(masks: Iterable[tuple[Path, bool]], args: argparse.Namespa
     """Check that no picture that is to be written replaces one that this program did not write.
 
     Args:
-        masks: with each, whether a table tells of it. Then an earlier version may have written it, and what is beside.
+        masks: with each, whether a table tells of it. Then it may be kept, changed as it is, with what is beside it.
 
     Raises:
         UsageError: one would be replaced.
@@ -247,18 +247,15 @@ def _all_pictures(mask: Path) -> list[Path]:
     return [mask, *(beside(mask, kind) for kind in KINDS if kind != "vessels"), *thumbnail_paths(mask)]
 
 
-def remove_other_pictures(mask: Path, args: argparse.Namespace, own: bool) -> None:
-    """Remove the pictures of a mask that `write_pictures` does not write: they would show an earlier one.
-
-    Args:
-        own: the earlier mask told that it was this program's, so those beside it tell it too; others stay.
+def remove_other_pictures(mask: Path, args: argparse.Namespace) -> None:
+    """Remove the pictures of a mask that `write_pictures` wrote, and will not now: they would show an earlier one.
 
     Raises:
         OutputError: one cannot be removed.
     """
     for path in set(_all_pictures(mask)) - set(picture_paths(mask, args)):
         kind = path.stem.rpartition("_")[2]
-        if not own or path.parent.name == THUMBNAILS or is_own(path, kind):
+        if path.parent.name == THUMBNAILS or is_own(path, kind):
             remove(path)
 
 
