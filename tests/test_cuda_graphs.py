@@ -13,6 +13,7 @@ from my_dataset import DriveDataset
 from train_utils import create_lr_scheduler, train_and_eval
 from train_utils.cuda_graphs import WARM_UP, RecordedSteps, _Graph
 from train_utils.data_loading import training_loader
+from train_utils.training_state import MovingAverage
 from transforms import get_transform
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -143,14 +144,16 @@ def test_an_epoch_of_recorded_steps_does_not_wait(shared_drive):
     data = DriveDataset(shared_drive, True, transform).to(CUDA)
     model = train.create_model(base_c=4).to(CUDA)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
-    recorded, counts = RecordedSteps(model.parameters()), []
+    recorded, averaged, counts = RecordedSteps(model.parameters()), MovingAverage(model, 0.9), []
     for steps in (2 * WARM_UP, 1, 2 * WARM_UP):
         loader = training_loader(data, 2, 0, seed=0, drop_last=False, pin_memory=False, steps=steps)
         scheduler = create_lr_scheduler(optimizer, steps, 2)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            train_and_eval.train_one_epoch(model, optimizer, loader, CUDA, 0, 2, scheduler, 1, recorded=recorded)
+            train_and_eval.train_one_epoch(
+                model, optimizer, loader, CUDA, 0, 2, scheduler, 1, averaged=averaged, recorded=recorded
+            )
             torch.cuda.set_sync_debug_mode("default")
         counts.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
     assert 0 < counts[1] == counts[2]  # the end of the epoch, however many steps it has

@@ -21,6 +21,7 @@ from train_utils.command_line import run_script
 from train_utils.data_loading import reading, training_loader
 from train_utils.recipes import RECIPES
 from train_utils.scoring import measure
+from train_utils.training_state import MovingAverage
 from transforms import get_transform
 
 CPU = torch.device("cpu")
@@ -155,13 +156,13 @@ def test_the_weights_say_how_to_use_them(quick_weights):
 def steps(monkeypatch):
     """One of the weights after each step of the runs to come."""
     steps = []
-    original = torch.optim.swa_utils.AveragedModel.update_parameters
+    original = MovingAverage.update_parameters
 
     def update(self, model):
         steps.append(model.out_conv[0].weight.detach().clone())
         original(self, model)
 
-    monkeypatch.setattr(torch.optim.swa_utils.AveragedModel, "update_parameters", update)
+    monkeypatch.setattr(MovingAverage, "update_parameters", update)
     return steps
 
 

@@ -18,7 +18,9 @@ import train_multi_GPU
 from src.errors import UserError
 from tests.conftest import SMALL_RUN, refusal
 from tests.processes import PROJECT, clean_environment, in_processes
-from train_utils import lock, run_folder
+from tests.test_resume import interrupt_in
+from tests.test_train_multi_GPU import assert_same_state
+from train_utils import load_checkpoint, lock, run_folder
 from train_utils.command_line import UsageError, run_script
 
 WEIGHTS = Path("save_weights")
@@ -46,6 +48,30 @@ def test_a_second_start_is_refused_with_the_ways_out(shared_drive, working_direc
     assert weights_in(Path(folder)) == before
     run(shared_drive, "--overwrite", "--seed", "1", script=script)
     assert weights_in(Path(folder)) != before
+
+
+def test_overwrite_replaces_a_run_by_one_that_goes_on_from_elsewhere(shared_drive, working_directory, monkeypatch):
+    """As if the folder had been empty."""
+    run(shared_drive, "--output-dir", "first")
+    run(shared_drive, "--base-c", 2, "--seed", 7, "--output-dir", "second")
+    replacing = ["--resume", "first/last_model.pth", "--epochs", 2, "--output-dir", "second", "--overwrite"]
+    with monkeypatch.context() as context:
+        interrupt_in(1, context)
+        with pytest.raises(SystemExit):
+            run(shared_drive, *replacing)
+    assert weights_in(Path("second")) == {} and not Path("second", "scores.json").exists()
+    starts = json.loads(Path("second", "run.json").read_text())
+    assert [start["flags"]["output_dir"] for start in (*starts["earlier"], starts)] == ["first", "second"]
+    before = weights_in(Path("first"))
+    run(shared_drive, *replacing)
+    run(shared_drive, "--resume", "first/last_model.pth", "--epochs", 2, "--output-dir", "third")
+    assert_same_state(*(load_checkpoint(Path(folder, "last_model.pth")) for folder in ("second", "third")))
+    assert weights_in(Path("first")) == before
+    # One that goes on in its own folder loses nothing.
+    run(shared_drive, "--resume", "auto", "--epochs", 3, "--output-dir", "second", "--overwrite")
+    assert load_checkpoint(Path("second", "last_model.pth"))["epoch"] == 2
+    starts = json.loads(Path("second", "run.json").read_text())
+    assert len(starts["earlier"]) == 2
 
 
 def test_a_refused_run_is_not_recorded(shared_drive, working_directory):

@@ -23,7 +23,7 @@ from train_utils.mixed_precision import amp_dtype
 from train_utils.scoring.counts import DiceCoefficient
 from train_utils.settings import evaluation_pixels, settle
 from train_utils.synthetic_drive import write_synthetic_drive
-from train_utils.training_state import TrainingState
+from train_utils.training_state import MovingAverage, TrainingState
 from transforms import AUGMENTATIONS, get_transform
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)  # settling a flag needs no GPU
@@ -473,15 +473,14 @@ def test_an_epoch_does_not_wait(shared_drive, without_values, augmentation, monk
     """But for the JPEG traces, which are made on the host."""
     monkeypatch.setattr(transforms, "_compressed", lambda image, quality: image)
     model = train.create_model(base_c=2).to(META)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer, averaged = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), MovingAverage(model, 0.9)
     data = dataset(shared_drive, augmentation=augmentation).to(META)
     counts = []
     for batch_size in (6, 3, 1):
         loader = training_loader(data, batch_size, 0, seed=0, drop_last=False, pin_memory=False)
+        scheduler = create_lr_scheduler(optimizer, 6, 2)
         with HostCopies(META) as copies:
-            train_and_eval.train_one_epoch(
-                model, optimizer, loader, META, 0, 2, create_lr_scheduler(optimizer, 6, 2), print_freq=1
-            )
+            train_and_eval.train_one_epoch(model, optimizer, loader, META, 0, 2, scheduler, 1, averaged=averaged)
         counts.append(copies.count)
     assert counts[1] == counts[2] <= 1  # the class weights, before the first step
 

@@ -62,12 +62,17 @@ def _require_nothing_lost(args: argparse.Namespace, overwrite: bool) -> None:
     written += epochs
     require_no_input(written, files_to_start_from(args), f"--output-dir {folder}")
     found = [name for name in (BEST_MODEL, LAST_MODEL, *(path.name for path in epochs[:1])) if (folder / name).exists()]
-    goes_on = args.resume == "auto" or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
-    if found and not (goes_on or overwrite):
+    if found and not (_goes_on(args) or overwrite):
         raise UsageError(
             f"--output-dir {folder}: holds {' and '.join(found)} of an earlier run; --resume auto goes on with it, "
             "--overwrite replaces it, and another --output-dir keeps it"
         )
+
+
+def _goes_on(args: argparse.Namespace) -> bool:
+    """Whether the run of the folder is resumed, and not one of another folder."""
+    folder = Path(args.output_dir).resolve()
+    return args.resume == "auto" or bool(args.resume and Path(args.resume).resolve().parent == folder)
 
 
 def files_to_start_from(args: argparse.Namespace) -> list[str]:
@@ -84,7 +89,7 @@ def record_run(
 ) -> None:
     """Write `run.json`, from which the run can be repeated; the main process does.
 
-    A resumed run lists the earlier starts under "earlier", as far as they are recorded in the folder.
+    A resumed run lists the earlier starts under "earlier", as far as they are recorded in the folder that it was in.
 
     Raises:
         OutputError: the file cannot be written, or is a photograph's.
@@ -102,6 +107,7 @@ def _record_run(
     path = Path(args.output_dir, RUN)
     files = [file for item in (*trained_on, *validated_on) for file in item.files]
     require_no_input([path.with_name(name) for name in WRITTEN], files, f"--output-dir {args.output_dir}")
+    before = path if _goes_on(args) else Path(args.resume).parent / RUN
     record = {
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": [sys.executable, *sys.argv],
@@ -128,11 +134,11 @@ def _record_run(
             "numpy": np.__version__,
             "pillow": PIL.__version__,
         },
-        "earlier": [] if first_epoch is None else _earlier(path),
+        "earlier": [] if first_epoch is None else _earlier(before),
     }
     with replace_whole(path) as file:
         file.write((json.dumps(record, indent=2) + "\n").encode())
-    if first_epoch is None and args.overwrite:
+    if args.overwrite and (first_epoch is None or not _goes_on(args)):
         # --train-on-all would leave the scores of the replaced run, and --resume auto, after a kill in the first epoch,
         # would go on with its weights.
         epochs = [] if args.save_best else path.parent.glob("model_*.pth")

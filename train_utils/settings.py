@@ -47,8 +47,9 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
             f"--train-on-all: the run of {checkpoint['path']} holds photographs out, and its best epoch would be lost; "
             "let --init-weights start a new run from it, in another --output-dir"
         )
-    if args.init_weights and checkpoint is not None and is_main_process():
-        print(f"--init-weights {args.init_weights}: not read again, as the run goes on from {checkpoint['path']}")
+    for flag, weights in (("--init-weights", args.init_weights), ("--backbone-weights", args.backbone_weights)):
+        if weights and checkpoint is not None and is_main_process():
+            print(f"{flag} {weights}: not read again, as the run goes on from {checkpoint['path']}")
     require_two_classes_for_threshold(args.num_classes + 1, args.threshold)
     if args.backbone_weights and not issubclass(ARCHITECTURES[args.arch][0], BackboneUNet):
         raise UsageError(f"--backbone-weights: {args.arch} has no backbone; use --arch mobilenet_v3 or --arch vgg16")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
@@ -165,7 +164,7 @@ def train_one_epoch(
             scaler.update()
         lr_scheduler.step()
         if averaged is not None:
-            averaged.update_parameters(model.module if isinstance(model, DistributedDataParallel) else model)
+            averaged.update_parameters(model)
 
         lr = optimizer.param_groups[0]["lr"]
         metric_logger.update(loss=loss, lr=lr)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from src.dataset_files import LabelledPhotograph, describe
 from src.segment import ONE_SIZE
@@ -84,7 +84,7 @@ class TrainingState:
         self.close_ups = close_ups  # whether most of them show no border of the field of view
         self.steps_per_epoch = steps_per_epoch
         self.args = args
-        self.averaged = _make_average(model, args.ema_decay)
+        self.averaged = MovingAverage(model, args.ema_decay) if args.ema_decay else None
         self.optimizer = _make_optimizer(model, args)
         _start_momentum(self.optimizer)
         self.scaler = _make_scaler(args, device)
@@ -252,10 +252,11 @@ class TrainingState:
         # (Its working diameter was not recorded, but follows from the same photographs.)
         # One whose default is open was settled in a way that is not known.
         defaults = {name: value for name, value in default_flags().items() if value is not None}
-        before = defaults | {"fov_diameter": self.args.fov_diameter} | before
+        of_one_process = {"world_size": 1, "sync_bn": False}  # of train_multi_GPU.py alone
+        before = defaults | of_one_process | {"fov_diameter": self.args.fov_diameter} | before
         changed = [
             f"{name} {before[name]} -> {value}"
-            for name, value in vars(self.args).items()
+            for name, value in (of_one_process | vars(self.args)).items()
             if name not in UNREPORTED and name in before and before[name] != value
         ]
         if self.new_photographs and is_main_process():
@@ -328,18 +329,27 @@ def _is_kept_by(optimizer: str, values: Any, parameter: nn.Parameter) -> bool:
     )
 
 
-def _make_average(model: nn.Module, decay: float) -> AveragedModel | None:
-    """The moving average of a model's weights; until it is as long as `decay` makes it, step n counts n times."""
-    if not decay:
-        return None
-    average = AveragedModel(model, use_buffers=True)
+class MovingAverage(AveragedModel):
+    """The moving average of a model's weights; until it is as long as `decay` makes it, step n counts n times.
 
-    def update(averaged: list[Tensor], current: list[Tensor], _: Tensor) -> None:
-        steps = int(average.n_averaged)  # on the host; reading the one that is passed would wait for a GPU
-        get_ema_multi_avg_fn(min(decay, steps / (steps + 2)))(averaged, current, steps)
+    torch's own copies its counter to the device twice in each step, and the host waits for a GPU meanwhile.
+    """
 
-    average.multi_avg_fn = update
-    return average
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        steps = int(self.n_averaged)  # which is on the host
+        averages, values = (itertools.chain(of.parameters(), of.buffers()) for of in (self.module, model))
+        pairs = list(zip(averages, values, strict=True))
+        numbers = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_(*map(list, zip(*numbers, strict=True)), 1 - min(self.decay, steps / (steps + 2)))
+        for average, value in pairs:
+            if not average.is_floating_point():  # the steps that BatchNorm counts
+                average.copy_(value)
+        self.n_averaged += 1
 
 
 def _whole_average(decay: float) -> int:
