@@ -27,7 +27,7 @@ from src.photograph import is_turned, read_photograph
 from src.roi_mask import is_partial, whole_retina
 from src.segment import match_scale, prepare_at_scale
 
-BACKGROUND, VESSEL, OUTSIDE = 0, 1, 255  # the values of a label; OUTSIDE the field of view nothing is learned or scored
+BACKGROUND, OUTSIDE = 0, 255  # of the values of a label; OUTSIDE the field of view nothing is learned or scored
 
 
 # A photograph, its label, and their size in multiples of the size at the working diameter.
@@ -108,6 +108,7 @@ class DriveDataset(Dataset):
         self.details: list[Detail] = []  # of each photograph, or none
         self.without_border: list[bool] = []  # whether the photographs' fields of view have no round border
         self.scales: list[float] = []  # that bring the photographs to the size to work at
+        self.shares_outside: list[float] = []  # of each label's vessels, what lies outside the field of view
         # For scores, not for training:
         self.classes: list[np.ndarray] = []  # uint8 [H, W] each: labels without OUTSIDE
         self.second_observers: list[np.ndarray | None] = []  # vessels, bool [H, W] each
@@ -116,6 +117,8 @@ class DriveDataset(Dataset):
             photograph, classes, field_of_view = _read_photograph(item, num_classes)
             retina = field_of_view if item.roi_mask is None else whole_retina(field_of_view, photograph)
             label = np.where(field_of_view, classes, OUTSIDE).astype(np.uint8)
+            vessels = (classes != BACKGROUND) & (classes != OUTSIDE)
+            self.shares_outside.append(np.count_nonzero(vessels & ~field_of_view) / max(np.count_nonzero(vessels), 1))
             if scale_of is not None:
                 scale = scale_of(photograph, retina)
             else:
@@ -188,8 +191,8 @@ class DriveDataset(Dataset):
     def _of_root(self, root: Path) -> "DriveDataset":
         indices = [index for index, item in enumerate(self.files) if item.root == root]
         subset = copy.copy(self)
-        lists = ("files", "images", "labels", "details", "without_border", "scales", "classes", "second_observers")
-        for name in (*lists, "on_device"):
+        lists = ("files", "images", "labels", "details", "without_border", "scales", "shares_outside", "on_device")
+        for name in (*lists, "classes", "second_observers"):
             values = getattr(self, name)
             setattr(subset, name, [values[index] for index in indices] if values else values)
         return subset

@@ -8,6 +8,7 @@ from .errors import DatasetError
 from .photograph import load_image, to_rgb
 
 DARKEST_WHITE, LIGHTEST_BLACK = 192, 64  # levels of 255
+LARGEST_NUMBER = 16  # of a class, where no pixel lies between it and 255
 LARGEST_SMEAR = 0.01  # share of the pixels between them, as JPEG leaves beside edges
 
 
@@ -18,17 +19,21 @@ def read_binary_mask(path: str | Path) -> np.ndarray:
     (up to 64 of 255), its white darker than 255 (down to 192), and a hundredth of its pixels may lie in between.
 
     Raises:
-        DatasetError: it cannot be read, or holds other values, or 0, 1 and 255: in some data sets 1 is the
-            vessels and 255 what is unknown.
+        DatasetError: it cannot be read, or holds other values, or besides 0 and 255 the numbers of classes: in some
+            data sets 1 is the vessels and 255 what is unknown.
     """
     grey = np.array(to_rgb(load_image(path)).convert("L"))
     if grey.max() <= 1:
         return grey == 1
-    ones, zeros = (grey == 1).mean(), (grey == 0).any()
-    if ones > LARGEST_SMEAR and zeros and not ((grey > 1) & (grey < 255)).any():
+    numbers = (grey > 0) & (grey <= LARGEST_NUMBER)
+    unlike = ((grey > LARGEST_NUMBER) & (grey < 255)).any()
+    if grey.min() == 0 and grey.max() == 255 and not unlike and numbers.mean() > LARGEST_SMEAR:
+        largest = int(grey[numbers].max())
+        what = "1 may be white" if largest == 1 else f"those up to {largest} may be classes"
+        instead = "" if largest == 1 else f", or train with --num-classes {largest}"
         raise DatasetError(
-            f"{path}: holds the values {_list(np.unique(grey))}, where 1 may be white and 255 unknown; save it again "
-            "with 0 and 255 alone"
+            f"{path}: holds the values {_list(np.unique(grey))}, where {what} and 255 unknown; save it again with 0 "
+            f"and 255 alone{instead}"
         )
     between = (grey > LIGHTEST_BLACK) & (grey < DARKEST_WHITE)
     if grey.max() < DARKEST_WHITE or between.mean() > LARGEST_SMEAR:

@@ -85,6 +85,13 @@ def test_sets_without_a_photograph_in_common(files, tmp_path):
         compare.report(files[0], [relabelled])
 
 
+def test_a_file_without_a_photograph_in_common_is_said(files, tmp_path):
+    other = write(tmp_path / "other.json", x=0.5)
+    lines = compare.report(files[0], [*files[1], other]).splitlines()
+    alone = compare.report(files[0], files[1]).splitlines()
+    assert lines == [alone[0], f"left out: {other} scores none of these photographs, or by other labels", *alone[1:]]
+
+
 def test_patterns_that_no_shell_has_replaced(files, tmp_path, capsys):
     assert run(capsys, str(tmp_path / "[a-d].json")) == run(capsys, *files[0])
     named = tmp_path / "[a].json"

@@ -60,6 +60,14 @@ def test_white_may_be_1_or_255(tmp_path):
         with pytest.raises(DatasetError, match="label.png: holds the values 0, 1, 255, where 1 may be white and 255 "):
             read(path)
     assert np.array_equal(read_classes(path, 2), levels)
+    of_classes = levels * (1 + (np.arange(levels.shape[1]) % 2 * (levels < 255))).astype(np.uint8)
+    assert set(np.unique(of_classes)) == {0, 1, 2, 255}
+    path = save(of_classes, tmp_path / "classes.png")
+    with pytest.raises(
+        DatasetError, match="values 0, 1, 2, 255, where those up to 2 may .* train with --num-classes 2"
+    ):
+        read_binary_mask(path)
+    assert np.array_equal(read_classes(path, 2), of_classes)
     stray = np.where(VESSELS, 255, 0).astype(np.uint8)
     stray[:2, :5] = 1
     assert np.array_equal(read_binary_mask(save(stray, tmp_path / "stray.png")), VESSELS)

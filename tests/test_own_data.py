@@ -682,6 +682,26 @@ def test_empty_and_inverted_labels_are_said(shared_drive, working_directory, cap
     ]
 
 
+def test_inverted_roi_masks_are_said(shared_drive, working_directory, capsys):
+    plain(shared_drive, Path("data"))
+    for path in sorted(Path("data", "masks").iterdir())[:2]:
+        Image.fromarray(np.invert(np.array(Image.open(path)))).save(path)
+    run("--data-path", "data", "--epochs", 1)
+    said = "warning: nearly all vessels of 2 labels lie outside the ROI mask, as if its black and white were exchanged"
+    assert f"{said} (data/masks/21_eye.tif, ...)\n" in capsys.readouterr().out
+
+
+def test_test_photographs_that_are_trained_on_are_said(drive, working_directory, capsys):
+    test, training = drive / "DRIVE" / "test", drive / "DRIVE" / "training"
+    for folder, ending in (("images", "_training.tif"), ("1st_manual", "_manual1.gif"), ("mask", "_training_mask.gif")):
+        other = ending.replace("training", "test")
+        shutil.copy(training / folder / f"21{ending}", test / folder / f"99{other}")
+    run("--data-path", drive, "--epochs", 1, "--val-split", 1)
+    output = capsys.readouterr().out
+    assert "warning: 1 of the test photographs are not scored, as the weights were trained on them (" in output
+    assert len(scores()["photographs"]) == 4
+
+
 # ---- odd files and names
 
 

@@ -18,6 +18,7 @@ import train
 import train_multi_GPU
 from my_dataset import DriveDataset
 from src import create_model, segment
+from src.errors import UserError
 from src.masks import read_binary_mask
 from tests.conftest import SMALL_RUN, refusal
 from tests.processes import in_processes
@@ -493,6 +494,22 @@ def test_the_threshold_was_chosen_on_some_of_those_scored(drive, tmp_path, worki
     )
 
 
+def test_a_threshold_of_what_was_held_out_is_not_chosen_anew_on_the_training(drive, tmp_path, working_directory):
+    """Where the data holds photographs of the training alone."""
+    small_run(drive, "--val-split", "2", "--threshold", "auto")
+    stored = load_checkpoint("best_model.pth")["threshold"]
+    for number in (25, 26):
+        (drive / "DRIVE" / "training" / "images" / f"{number}_training.tif").rename(tmp_path / f"{number}.tif")
+    report = test_only(drive, "best_model.pth", "--threshold", "auto")
+    assert report["threshold"] == {"value": stored, "source": "auto: as the weights store it"}
+    assert load_checkpoint("best_model.pth")["threshold"] == stored
+    # What validated on the test photographs chooses on the training.
+    small_run(drive, "--threshold", "auto")
+    for _ in range(2):
+        report = test_only(drive, "best_model.pth", "--threshold", "auto")
+        assert report["threshold"]["source"] == "auto: best Dice on training photographs"
+
+
 def test_training_without_test_labels(drive, working_directory, capsys):
     """As with the official download: what was held out is scored."""
     shutil.rmtree(drive / "DRIVE" / "test" / "1st_manual")
@@ -674,6 +691,19 @@ def test_masks_are_scored_against_all_classes(shared_drive, tmp_path):
         measurement = measure_masks(masks, dataset, num_classes=2)
         assert all(score.model.field_of_view.dice == 1 for score in measurement.photographs)
     assert measurement.confusion_matrix.compute()[0] == 1 and measurement.dice.value == 1
+
+
+def test_masks_against_labels_of_other_classes_are_refused(shared_drive, working_directory):
+    """By their numbers, white is what is unknown."""
+    with pytest.raises(UserError, match="no label there has a vessel, by --num-classes 2"):
+        score(
+            train,
+            shared_drive,
+            "--test-only",
+            "--masks",
+            str(shared_drive / "DRIVE/test/1st_manual"),
+            "--num-classes=2",
+        )
 
 
 def test_real_photographs(real_drive, working_directory):

@@ -115,7 +115,8 @@ def tell_of_missing_roi_masks(datasets: Sequence[DriveDataset]) -> None:
 def warn_of_labels(datasets: Iterable[DriveDataset]) -> None:
     """Say of each data set how many labels can hardly be right: without any vessel, or with hardly anything else.
 
-    Say too where a photograph is turned by its EXIF orientation, and its label is not.
+    Say too where nearly all vessels lie outside the ROI mask, and where a photograph is turned by its EXIF orientation,
+    and its label is not.
     """
     files = [item for data in datasets for item in data.files]
     turned = [item.photograph for item in files if is_turned(item.photograph) and not is_turned(item.label)]
@@ -123,6 +124,13 @@ def warn_of_labels(datasets: Iterable[DriveDataset]) -> None:
         print(
             f"warning: the EXIF orientation turns {len(turned)} photographs and not their labels, which is right if "
             f"the labels were drawn on the turned ones ({turned[0]}{', ...' if len(turned) > 1 else ''})"
+        )
+    outside = [share for data in datasets for share in data.shares_outside]
+    inverted = [item.roi_mask for item, share in zip(files, outside, strict=True) if item.roi_mask and share > 0.9]
+    if inverted:
+        print(
+            f"warning: nearly all vessels of {len(inverted)} labels lie outside the ROI mask, as if its black and "
+            f"white were exchanged ({inverted[0]}{', ...' if len(inverted) > 1 else ''})"
         )
     shares = [share for data in datasets for share in data.vessel_shares()]
     for root, name in root_names(files).items():

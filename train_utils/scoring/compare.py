@@ -87,6 +87,9 @@ def report(files: Sequence[str], against: Sequence[str]) -> str:
                 raise ScoresError(
                     f"--against {against[0]}: scores none of the photographs of {files[0]}, or by other labels"
                 )
+            if score == "dice":
+                unlike = [name for name in against if not read_scores([name], score).keys() & both.keys()]
+                lines += [f"left out: {name} scores none of these photographs, or by other labels" for name in unlike]
             if not differences:
                 lines.append(f"{line}   against -")
                 continue

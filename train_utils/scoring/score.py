@@ -128,6 +128,11 @@ def score_masks(folder: str | Path, args: argparse.Namespace) -> None:
     masks = match_masks([item.photograph for item in files], folder)
     photographs = DriveDataset.of(files, num_classes=args.num_classes)
     _tell_of_labels(photographs)
+    if not any(photographs.vessel_shares()):
+        raise DatasetError(
+            f"--data-path {' '.join(roots(args))}: no label there has a vessel, by --num-classes {args.num_classes}; "
+            "correct the labels, or the number of classes"
+        )
     _report_faults(photographs)
     _report(measure_masks(masks, photographs, args.num_classes), Origin(f"masks in {folder}"), args)
 
@@ -335,6 +340,12 @@ def _files_to_score(args: argparse.Namespace, checkpoint: Checkpoint | None = No
         warn_of_unknown_training(checkpoint)
     trained_on = set(checkpoint.get("trained_on", ())) if checkpoint else set()
     left = [item for item in files if item.digest not in trained_on]
+    trained_too = [item for item in files if item.part == "test" and item.digest in trained_on]
+    if trained_too and left and is_main_process():
+        print(
+            f"warning: {len(trained_too)} of the test photographs are not scored, as the weights were trained on them "
+            f"({trained_too[0].photograph}{', ...' if len(trained_too) > 1 else ''})"
+        )
     if not left:
         raise DatasetError(
             f"--data-path {' '.join(roots(args))}: these weights were trained on all {len(files)} labelled photographs "
@@ -406,9 +417,14 @@ def _files_for_threshold(checkpoint: Checkpoint, args: argparse.Namespace) -> tu
         files = [
             item for root in roots(args) if set(find_parts(root)) != {"test"} for item in training_photographs(root)
         ]
-        for digests, held_out in ((checkpoint.get("validated_on", ()), True), (checkpoint["trained_on"], False)):
-            if known := [item for item in files if item.digest in digests]:
-                return known, held_out
+        validated_on = set(checkpoint.get("validated_on", ()))
+        if held_out := [item for item in files if item.digest in validated_on]:
+            return held_out, True
+        # Those held out may be test photographs, on which none is chosen. If they are not here, the stored one is.
+        here = any(item.digest in validated_on for root in roots(args) for item in photographs_to_score(root))
+        known = [item for item in files if item.digest in checkpoint["trained_on"]]
+        if known and (here or not validated_on or "threshold" not in checkpoint):
+            return known, False
         if "threshold" in checkpoint:
             return [], False
         raise UsageError(
