@@ -8,6 +8,7 @@ import argparse
 import functools
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ from train_utils.prediction_files import (
     progress_line,
     remove_other_pictures,
     require_no_others,
+    shown,
     write_pictures,
 )
 from train_utils.prediction_report import REPORT, THUMBNAILS, write_report
@@ -57,7 +59,6 @@ from train_utils.prediction_table import (
     COLUMNS,
     DIGESTS,
     FACTS,
-    TABLE,
     PredictionTable,
     Row,
     digest,
@@ -135,14 +136,17 @@ def segment_all(
     """
     settings = digest(Path(args.weights), describe_settings(args).encode())
     jobs = [(path, mask, rows.former(mask)) for path, mask in zip(photographs, masks, strict=True)]
-    if rows.path is not None and not rows.of_earlier_version and not args.overwrite:
+    if rows.path is not None and not args.overwrite:
         require_no_others([(mask, former is not None) for _, mask, former in jobs], args)
+    count = Counter(path.name for path in photographs)
     done: list[Outcome] = []
     started, new = time.perf_counter(), 0
     threads = torch.get_num_threads()
 
     def work(job: tuple[Path, Path, Row | None]) -> Outcome:
-        return work_on(*job, segmenter, settings, args, threads, brief=len(jobs) > 1)
+        path = job[0]
+        name = shown(path.name if count[path.name] == 1 else path) if len(jobs) > 1 else None
+        return work_on(*job, segmenter, settings, args, threads, name)
 
     def tell_of_stop() -> None:
         print("stopping as soon as the photographs that were begun are done", flush=True)
@@ -181,7 +185,7 @@ def work_on(
     settings: str,
     args: argparse.Namespace,
     threads: int,
-    brief: bool,
+    name: str | None,
 ) -> Outcome:
     """Segment a photograph and write its pictures, unless an earlier run did just that.
 
@@ -190,8 +194,8 @@ def work_on(
         former: the row of this mask in the table of earlier runs.
         settings: the digest of the weights and the flags.
         threads: of torch, for all photographs that are worked on at once.
-        brief: there are other photographs, and the line is for a terminal of 80 columns, with what to look at; the
-            table has the rest.
+        name: of the photograph among others. Then the line is for a terminal of 80 columns, with what to look at; the
+            table has the rest. None: it is alone.
     """
     started = time.perf_counter()
     # By a relative path, or one of links, the same name would be another photograph elsewhere, or another the same.
@@ -204,8 +208,8 @@ def work_on(
                 raise PhotographError(
                     f"{path}: {mask} is the mask of {former['file']}; choose another --output, or give --overwrite"
                 )
-            if same and all(picture.exists() for picture in picture_paths(mask, args)):
-                line = f"{path.name}: segmented before" if brief else f"{path}: segmented before -> {mask}"
+            if same and all(picture.exists() and picture.stat().st_size for picture in picture_paths(mask, args)):
+                line = f"{name}: segmented before" if name else f"{shown(path)}: segmented before -> {mask}"
                 return Outcome(path, former | {"file": row["file"]}, line, kept=True)
         own = is_own(mask)
         if former and not own and not args.overwrite and os.path.lexists(mask):
@@ -213,19 +217,17 @@ def work_on(
                 f"{path}: {mask} was changed since this program wrote it (or an earlier version did); choose another "
                 "--output, or let --overwrite replace it"
             )
-        # Without a table, the mask itself tells of an earlier one.
-        alone = former is None and own and not os.path.exists(mask.with_name(TABLE))
-        places = 1 if brief and pixel_count(path) <= LARGE else AT_ONCE  # two large ones may not fit into memory
+        places = 1 if name and pixel_count(path) <= LARGE else AT_ONCE  # two large ones may not fit into memory
         with _PLACES.taken(places):
             torch.set_num_threads(threads if threads % AT_ONCE else threads * places // AT_ONCE)  # of this thread
             prediction = predict(path, segmenter, args)
             with memory_for(path):
                 write_pictures(prediction, mask, args)
         replaced = former is not None and not same
-        if replaced or alone:
+        if replaced or (former is None and own):  # the mask itself tells of an earlier one
             remove_other_pictures(mask, args)  # of the mask before
         row |= facts(prediction, time.perf_counter() - started) | {"mask": escaped(Path(mask.name))}
-        line = brief_line(prediction) if brief else f"{progress_line(prediction)} -> {mask}"
+        line = brief_line(prediction, name) if name else f"{progress_line(prediction)} -> {mask}"
         if former and former["settings_digest"] != row["settings_digest"]:
             line += " (in place of the one with other weights or flags)"
         return Outcome(path, row, line, replaced=replaced)
@@ -285,9 +287,11 @@ def predict(path: Path, segmenter: Segmenter, args: argparse.Namespace) -> Predi
         )
         seconds = time.perf_counter() - started
         warnings = reasons_for_doubt(photograph, retina, segmentation.vessel_share, segmentation.reliability)
-    page, pages = page_and_pages(path)
+    page, pages, damaged = page_and_pages(path)
     if pages > 1:
         warnings.append(f"page {page} of {pages}, the largest")
+    if damaged:
+        warnings.append("more pages are damaged")
     return Prediction(**vars(segmentation), path=path, inference_seconds=seconds, warnings=warnings)
 
 

@@ -102,14 +102,17 @@ def is_turned(path: str | Path) -> bool:
         return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
 
 
-def page_and_pages(path: str | Path) -> tuple[int, int]:
-    """The number, from 1, of the page of an image file that is read, and how many it has; of all but TIFF (1, 1).
+def page_and_pages(path: str | Path) -> tuple[int, int, bool]:
+    """The number, from 1, of the page of an image file that is read, how many it has, and whether more are damaged.
+
+    Of all but TIFF (1, 1, False).
 
     Raises:
         PhotographError: as `load_image`.
     """
     with _open(path) as image:
-        return image.tell() + 1, len(_pages(path)) if image.format == "TIFF" else 1
+        pages, damaged = _pages(path) if image.format == "TIFF" else ([1], False)
+        return image.tell() + 1, len(pages), damaged
 
 
 class _NoWarnings:
@@ -143,12 +146,17 @@ def _open(path: str | Path) -> Iterator[Image.Image]:
     try:
         # Pillow warns of odd metadata, and from 90 megapixels on; it refuses from 180.
         with _no_warnings, Image.open(path, formats=list(FORMATS)) as image:
-            if image.format == "TIFF" and len(pages := _pages(path)) > 1:
+            if image.format == "TIFF" and len(pages := _pages(path)[0]) > 1:
                 image.seek(pages.index(max(pages)))
             if image.format == "TIFF" and _has_deep_planes(image):
                 raise PhotographError(
                     f"{path}: has more than 8 bits a channel in separate planes, which Pillow reads wrongly; save it "
                     "with all channels in one plane, or as PNG"
+                )
+            if image.format == "TIFF" and image.mode.startswith(("I", "F")) and _stores_white_as_zero(image):
+                raise PhotographError(
+                    f"{path}: stores white as 0 in more than 8 bits, which Pillow reads as a negative; save it with "
+                    "black as 0, or as PNG"
                 )
             yield image
     except PhotographError:
@@ -176,8 +184,12 @@ def _has_deep_planes(image: Image.Image) -> bool:
     return in_planes and max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8
 
 
-def _pages(path: str | Path) -> list[int]:
-    """The number of pixels of each page of a TIFF, up to the first one that cannot be found."""
+def _stores_white_as_zero(image: Image.Image) -> bool:
+    return image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+
+
+def _pages(path: str | Path) -> tuple[list[int], bool]:
+    """The number of pixels of each page of a TIFF, up to the first one that is damaged; and whether one is."""
     pixels: list[int] = []
     # A file of its own: after a page that is damaged, Pillow cannot go back.
     with Image.open(path, formats=["TIFF"]) as image:
@@ -187,8 +199,10 @@ def _pages(path: str | Path) -> list[int]:
                 pixels.append(image.width * image.height)
         except Image.DecompressionBombError:
             raise
-        except Exception:  # EOFError after the last page; of a damaged one, anything
-            return pixels
+        except EOFError:  # after the last page
+            return pixels, False
+        except Exception:  # of a damaged page, anything
+            return pixels, True
 
 
 def require_file(path: str | Path) -> None:
@@ -257,8 +271,10 @@ def list_photographs(
             found = [file for file in files if not leave_out(file)]
         if not found:
             endings = ", ".join(sorted(IMAGE_SUFFIXES))
-            below = not recursive and any(images_in(path, recursive=True) for path in matches if path.is_dir())
-            hint = "; there are some in its folders: add --recursive" if below else ""
+            below = () if recursive else (file for path in matches for file in images_in(path, recursive=True))
+            hint = (
+                "; there are some in its folders: add --recursive" if any(not leave_out(file) for file in below) else ""
+            )
             raise PhotographError(f"{name}: no photographs there; looked for files that end in {endings}{hint}")
         photographs |= {os.path.abspath(file): file for file in found}
     return list(photographs.values())

@@ -1,8 +1,10 @@
 """A photograph -> its vessels, by a model and what its file of weights tells of the preparation."""
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +124,14 @@ class Segmenter:
             tile, batch_size: as `src.segment.segment`; the default is tiles too where the photograph is very large.
 
         Raises:
-            DatasetError: the file cannot be read, or an array or the threshold is not as above.
+            DatasetError: the file cannot be read, or an array or a number is not as above.
         """
-        if not 0 <= threshold <= 1:
+        if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
             raise DatasetError(f"threshold {threshold}: is no probability; give one from 0 to 1")
+        if scale is not None and not (isinstance(scale, Real) and 0 < scale < math.inf):
+            raise DatasetError(f"scale {scale}: is no factor; give a number above 0, or None for the model's own")
+        if batch_size < 1:
+            raise DatasetError(f"batch_size {batch_size}: is less than one picture; give 1 or more")
         image = _as_array(photograph)
         if field_of_view is not None:
             field_of_view = _as_mask("field_of_view", field_of_view, image)

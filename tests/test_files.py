@@ -5,13 +5,15 @@ import sys
 from pathlib import PureWindowsPath
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from src.devices import to_device
 from tests.processes import PROJECT
 from train_utils import files, prediction_table
-from train_utils.files import OutputError, make_output_folder, replace_whole, require_no_input
+from train_utils.files import OutputError, make_output_folder, replace_whole, require_no_input, write_picture
 
 
 @pytest.fixture
@@ -81,8 +83,25 @@ def test_whole_paths_in_a_table_keep_their_slashes(tmp_path, monkeypatch):
     monkeypatch.setattr(prediction_table, "Path", PureWindowsPath)
     monkeypatch.setattr(prediction_table, "escaped", lambda path: "D:/elsewhere")
     monkeypatch.setattr(PureWindowsPath, "cwd", lambda: None, raising=False)
-    (read,), _ = prediction_table._read(tmp_path / "predictions.csv")
+    (read,) = prediction_table._read(tmp_path / "predictions.csv")
     assert read["file"] == row["file"]
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_a_picture_on_a_full_disk(tmp_path, format):
+    """A thumbnail is of JPEG, which Pillow writes by other means."""
+    resource = pytest.importorskip("resource")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8))
+    write_picture(tmp_path / "whole", picture, format)
+    assert np.array(Image.open(tmp_path / "whole")).shape == (99, 99, 3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="half: cannot be written"):
+            write_picture(tmp_path / "half", picture, format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["whole"]
 
 
 def test_an_old_python_is_refused_in_one_line():

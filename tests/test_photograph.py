@@ -262,18 +262,28 @@ def test_a_tiff_of_one_plane_for_each_colour(tmp_path):
             read_photograph(tmp_path / name)
 
 
+def test_greys_whose_white_is_zero(tmp_path):
+    grey = picture()[..., 0]
+    Image.fromarray(grey).save(tmp_path / "8.tif", tiffinfo={262: 0})
+    read_photograph(tmp_path / "8.tif")  # which Pillow reads rightly
+    for name, levels in (("16.tif", grey.astype(np.uint16) * 257), ("float.tif", grey.astype(np.float32))):
+        Image.fromarray(levels).save(tmp_path / name, tiffinfo={262: 0})
+        with pytest.raises(PhotographError, match=f"{name}: stores white as 0 in more than 8 bits"):
+            read_photograph(tmp_path / name)
+
+
 def test_of_a_tiff_the_largest_page_is_read(tmp_path):
     thumbnail, page, same = picture(6, 6), picture(), picture(seed=1)
     path = tmp_path / "a.tif"
     for pages, used in (((thumbnail, page, same), 2), ((page, thumbnail), 1), ((same, page), 1), ((page,), 1)):
         save_pages(path, *pages)
         np.testing.assert_array_equal(read_photograph(path), pages[used - 1])
-        assert page_and_pages(path) == (used, len(pages))
+        assert page_and_pages(path) == (used, len(pages), False)
     mask = picture()[..., 0] > 120
     save_pages(path, mask[:6, :6], mask)
     np.testing.assert_array_equal(read_binary_mask(path), mask)
     Image.fromarray(page).save(tmp_path / "a.gif", save_all=True, append_images=[Image.fromarray(same)])
-    assert page_and_pages(tmp_path / "a.gif") == (1, 1)
+    assert page_and_pages(tmp_path / "a.gif") == (1, 1, False)
 
 
 def test_pages_that_are_damaged_or_huge(tmp_path, monkeypatch):
@@ -283,9 +293,11 @@ def test_pages_that_are_damaged_or_huge(tmp_path, monkeypatch):
     first_page = struct.unpack("<I", content[4:8])[0]
     tags = struct.unpack("<H", content[first_page : first_page + 2])[0]
     link = first_page + 2 + 12 * tags  # where the place of the next page is stored
-    for wrong in (first_page, len(content) - 3, 2**31):  # in a circle; in the middle of nothing; behind the end
+    # In a circle, which is the end; in the middle of nothing; behind the end.
+    for wrong, damaged in ((first_page, False), (len(content) - 3, True), (2**31, True)):
         path.write_bytes(content[:link] + struct.pack("<I", wrong) + content[link + 4 :])
         np.testing.assert_array_equal(read_photograph(path), picture())
+        assert page_and_pages(path) == (1, 1, damaged)
     path.write_bytes(content)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(PhotographError, match="megapixels"):

@@ -274,10 +274,13 @@ def test_recursive(tmp_path, weights, photographs, monkeypatch, capsys):
         assert [row["file"] for row in table(out)] == [str(photographs / name) for name in (names[1], *names[:3:2])]
         masks = ["2_vessels.png", "a_left_1_png_vessels.png", "b_left_1_png_vessels.png"]
         assert [name for name in files(out) if name.endswith("vessels.png")] == masks
+    output = capsys.readouterr().out
+    for line in ("2.png: vessels", f"{photographs}/a/left/1.png: vessels", f"{photographs}/b/left/1.png: segmented"):
+        assert f"] {line}" in output  # as two have one name
     left_out = (
         f"12 pictures that this program wrote ({photographs}/b/left/masks/2_overlay.png, ...)"  # 6 are thumbnails
     )
-    assert [line for line in capsys.readouterr().out.splitlines() if "left out" in line] == [
+    assert [line for line in output.splitlines() if "left out" in line] == [
         f"--image: left out {left_out}; name them as files to take them for photographs"
     ]
 
@@ -766,6 +769,16 @@ def test_odd_files_alone_are_refused(weights, photographs, capsys):
     assert f"--output {loop}: cannot be written" in fails(capsys, *flags, "--output", loop / "a.png")
 
 
+def test_names_of_several_lines(tmp_path, weights, photographs, capsys):
+    (photographs / "01.png").rename(photographs / "a\n\x1bb.png")
+    flags = ("--weights", weights, "--image", photographs, "--output", tmp_path / "out")
+    for told in ("vessels", "segmented before"):
+        run(*flags)
+        assert rf"] a\n\x1bb.png: {told}" in capsys.readouterr().out
+    run(*flags[:2], "--image", photographs / "a\n\x1bb.png", "--output", tmp_path / "a.png")
+    assert r"a\n\x1bb.png: 80 x 72" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "utf-8"}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}])
 def test_names_that_the_terminal_cannot_show(tmp_path, weights, photographs, locale):
     for name, source in ((b"\xff.png", "01"), ("\u00e9.png".encode(), "02"), (b"\xfe.png", None)):
@@ -1191,6 +1204,36 @@ def test_a_mask_corrected_by_hand_stays(tmp_path, weights, photographs, capsys):
     assert corrected.read_bytes() != before
 
 
+def test_tables_that_a_spreadsheet_saved(tmp_path, weights, photographs, capsys):
+    flags = ("--weights", weights, "--image", photographs, "--output", tmp_path / "out")
+    run(*flags)
+    path = tmp_path / "out" / "predictions.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    lines_of(capsys)
+    assert kept(capsys, *flags) == [1, 2, 3, 4]
+    # Without the last column, nothing is known of a mask that was corrected.
+    corrected = tmp_path / "out" / "02_vessels.png"
+    Image.new("L", (80, 72), 255).save(corrected)
+    before = corrected.read_bytes()
+    path.write_text("".join(f"{line.rpartition(',')[0]}\n" for line in path.read_text().splitlines()))
+    message = fails_of_many(capsys, *flags, "--threshold", "0.4")
+    assert "02_vessels.png was changed since this program wrote it" in message and corrected.read_bytes() == before
+    # And what is not in this command stays.
+    run(*flags[:2], "--image", photographs / "03.png", *flags[4:])
+    masks = {row["mask"] for row in table(tmp_path / "out")}
+    assert masks >= {f"0{number}_vessels.png" for number in range(1, 5)}
+
+
+def test_an_empty_file_is_no_mask(tmp_path, weights, photographs, capsys):
+    flags = ("--weights", weights, "--image", photographs, "--output", tmp_path / "out", "--overlay")
+    run(*flags)
+    overlay = tmp_path / "out" / "02_overlay.png"
+    overlay.write_bytes(b"")
+    lines_of(capsys)
+    message = fails(capsys, *flags)
+    assert "02_overlay.png is there, and this program did not write it" in message
+
+
 def test_folders_of_earlier_versions(tmp_path, weights, photographs, capsys):
     """Their pictures do not tell who wrote them; their table does."""
     flags = ("--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "out")
@@ -1241,9 +1284,13 @@ def test_what_a_folder_holds_besides(tmp_path, weights, photographs, capsys):
     photographs.rename(tmp_path / "above" / "below")
     message = fails(capsys, *flags, tmp_path / "above")
     assert "no photographs there" in message and "there are some in its folders: add --recursive" in message
+    run(*flags, tmp_path / "above", "--recursive", "--report")
+    assert "no photographs there" in (message := fails(capsys, *flags, tmp_path / "out"))
+    assert "--recursive" not in message  # thumbnails
 
 
-def test_pictures_beside_one_mask_are_of_that_mask(tmp_path, weights, photographs):
+def test_pictures_beside_one_mask_are_of_that_mask(tmp_path, weights, photographs, capsys):
+    """In a folder with a table, too."""
     flags = ("--weights", weights, "--image", photographs / "01.png", "--output", tmp_path / "r.png")
     run(*flags, "--overlay", "--save-prob")
     assert files(tmp_path) == ["photographs", "r.png", "r_overlay.png", "r_probability.png"]
@@ -1254,8 +1301,15 @@ def test_pictures_beside_one_mask_are_of_that_mask(tmp_path, weights, photograph
     assert files(tmp_path) == ["photographs", "r.png", "r_overlay.png"]
     # A name of a folder's own mask: what is beside is of that.
     run(*flags[:4], "--output", tmp_path / "out", "--overlay")
-    run(*flags[:2], "--image", photographs / "02.png", "--output", tmp_path / "out" / "01_vessels.png")
-    assert files(tmp_path / "out") == ["01_overlay.png", "01_vessels.png", "predictions.csv"]
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    other = (*flags[:2], "--image", photographs / "02.png", "--output", tmp_path / "out" / "01_vessels.png")
+    for more in ([], ["--overwrite"]):
+        assert "is a mask that the predictions.csv beside it tells of; give the folder" in fails(capsys, *other, *more)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    # A name that the table does not know is as anywhere else.
+    run(*flags[:4], "--output", tmp_path / "out" / "new.png", "--overlay")
+    run(*flags[:4], "--output", tmp_path / "out" / "new.png")
+    assert files(tmp_path / "out") == ["01_overlay.png", "01_vessels.png", "new.png", "predictions.csv"]
 
 
 def test_the_file_that_cannot_be_read_is_named(tmp_path, weights, photographs, capsys, monkeypatch):

@@ -107,10 +107,20 @@ def test_arrays_that_are_no_rgb_photographs(weights, photograph):
             segmenter(other)
 
 
-@pytest.mark.parametrize("threshold", [70, -0.1, float("nan")])
+@pytest.mark.parametrize("threshold", [70, -0.1, float("nan"), "auto"])
 def test_a_threshold_is_a_probability(weights, photograph, threshold):
     with pytest.raises(DatasetError, match="is no probability; give one from 0 to 1"):
         load_pretrained(weights)(photograph, threshold=threshold)
+
+
+def test_numbers_are_checked(weights, photograph):
+    segmenter = load_pretrained(weights)
+    for scale in (0, -1.0, float("inf"), float("nan"), "auto"):
+        with pytest.raises(DatasetError, match=f"scale {scale}: is no factor"):
+            segmenter(photograph, scale=scale)
+    with pytest.raises(DatasetError, match="batch_size 0: is less than one picture"):
+        segmenter(photograph, batch_size=0)
+    assert segmenter(photograph, scale=np.float32(0.5), threshold=np.float32(0.5)).scale == 0.5
 
 
 def test_flips_are_those_of_the_weights(weights, photograph):

@@ -86,7 +86,12 @@ def write_picture(path: str | Path, picture: Image.Image, format: str = "PNG", *
         OutputError: it cannot be written.
     """
     with replace_whole(path) as file:
-        picture.save(file, format=format, **options)
+        if format == "PNG":
+            picture.save(file, format=format, **options)
+        else:  # Pillow writes by other means, and does not tell of a full disk
+            content = io.BytesIO()
+            picture.save(content, format=format, **options)
+            file.write(content.getbuffer())
 
 
 def remove(path: Path) -> None:

@@ -30,7 +30,7 @@ from src.segment import probabilities_in_parts
 from .command_line import UsageError
 from .files import remove, require_no_input, write_picture
 from .prediction_report import REPORT, THUMBNAILS, thumbnail_paths, write_thumbnail
-from .prediction_table import TABLE
+from .prediction_table import TABLE, tells_of
 
 RESULT, FOLDER = "test_result.png", "predictions"  # the defaults of --output, for one photograph and for several
 KINDS = ("vessels", "overlay", "probability")  # at the end of a picture's name
@@ -137,6 +137,10 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
         written += [output / TABLE, output / REPORT]
     require_no_input(written, inputs, f"--output {output}")
     if looks_like_a_file:
+        if tells_of(output.parent / TABLE, output):
+            raise UsageError(
+                f"--output {output}: is a mask that the {TABLE} beside it tells of; give the folder, {output.parent}"
+            )
         if _is_mask(output) is False:
             raise UsageError(f"--output {output}: would overwrite a picture that is no mask; choose another name")
         if not args.overwrite and not os.path.lexists(output):
@@ -333,19 +337,24 @@ def facts(prediction: Prediction, seconds: float) -> dict[str, str]:
     }
 
 
+def shown(name: str | Path) -> str:
+    r"""A name in one line of a terminal: `\n` for a character that would move its cursor."""
+    return "".join(repr(letter)[1:-1] if letter < " " or letter == "\x7f" else letter for letter in str(name))
+
+
 def progress_line(prediction: Prediction) -> str:
     height, width = prediction.labels.shape
     return (
-        f"{prediction.path}: {width} x {height}, field of view {prediction.diameter:g} px, scale "
+        f"{shown(prediction.path)}: {width} x {height}, field of view {prediction.diameter:g} px, scale "
         f"{prediction.scale:.3g}, vessels are {prediction.vessel_share:.1%} of the field of view"
         f"{_trust(prediction, f'inference time: {prediction.inference_seconds:.3f} s')}"
     )
 
 
-def brief_line(prediction: Prediction) -> str:
-    """What to know of one photograph of many."""
+def brief_line(prediction: Prediction, name: str) -> str:
+    """What to know of one photograph of many, by its name among them."""
     seconds = f"{prediction.inference_seconds:.1f} s"
-    return f"{prediction.path.name}: vessels {prediction.vessel_share:.1%}{_trust(prediction, seconds)}"
+    return f"{name}: vessels {prediction.vessel_share:.1%}{_trust(prediction, seconds)}"
 
 
 def _trust(prediction: Prediction, seconds: str) -> str:

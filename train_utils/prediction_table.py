@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from src.errors import UserError
+
 from .command_line import UsageError
 from .files import OutputError, sha256_of, write_csv
 from .lock import FolderLock
@@ -40,14 +42,12 @@ class PredictionTable:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.rows: dict[tuple[str, str], Row] = {}  # by the name of the mask; failures by that of the photograph
-        self.of_earlier_version = False  # whether its rows could not be taken over
         if path is None:
             return
         self._lock = FolderLock(path.with_suffix(".lock"), "--output")
         self._lock.take()
         try:
-            rows, self.of_earlier_version = _read(path)
-            self.rows = {_key(row): row for row in rows}
+            self.rows = {_key(row): row for row in _read(path)}
             self._open()
         except BaseException:
             self._lock.release()
@@ -102,30 +102,37 @@ def _key(row: Row) -> tuple[str, str]:
     return ("mask", row["mask"]) if row["mask"] else ("file", row["file"])
 
 
-def _read(path: Path) -> tuple[list[Row], bool]:
-    """The whole rows of a table, and whether an earlier version wrote it, so that it lacks columns; then none."""
+def tells_of(path: Path, mask: Path) -> bool:
+    """Whether the table at a path, if one of predict.py is there, has a row for a mask of this name."""
     try:
-        text = path.read_bytes().decode(errors="replace")
+        return any(row["mask"] == escaped(Path(mask.name)) for row in _read(path))
+    except UserError:
+        return False
+
+
+def _read(path: Path) -> list[Row]:
+    """The whole rows of a table; empty in columns that it lacks, as an earlier version wrote it."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig", errors="replace")  # spreadsheets add a mark
     except FileNotFoundError:
-        return [], False
+        return []
     except OSError as error:
         raise OutputError(f"{path}: cannot be read ({error.strerror or error}); choose another --output") from error
     lines = text[: text.rfind("\n") + 1].splitlines()
     try:
         header = next(csv.reader(lines[:1]), [])
-        rows = list(csv.DictReader(lines)) if header == list(COLUMNS) else []
+        rows = list(csv.DictReader(lines))
     except csv.Error as error:
         raise UsageError(f"--output {path.parent}: {path.name} there is damaged ({error}); move it away") from error
     if text and (header[:1] != ["file"] or not set(header) <= set(COLUMNS)):
         raise UsageError(f"--output {path.parent}: {path.name} there is not of predict.py; choose another folder")
     # An earlier version wrote paths as they were given, most often in this working directory.
     here = escaped(Path.cwd())
-    whole = [
-        row | {"file": Path(os.path.normpath(os.path.join(here, row["file"]))).as_posix()}
+    return [
+        dict.fromkeys(COLUMNS, "") | row | {"file": Path(os.path.normpath(os.path.join(here, row["file"]))).as_posix()}
         for row in rows
         if None not in row and None not in row.values()
     ]
-    return whole, bool(text) and header != list(COLUMNS)
 
 
 def escaped(path: Path) -> str:

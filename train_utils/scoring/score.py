@@ -420,7 +420,7 @@ def _files_for_threshold(checkpoint: Checkpoint, args: argparse.Namespace) -> tu
         validated_on = set(checkpoint.get("validated_on", ()))
         if held_out := [item for item in files if item.digest in validated_on]:
             return held_out, True
-        # Those held out may be test photographs, on which none is chosen. If they are not here, the stored one is.
+        # Those held out may be test photographs, on which none is chosen. If they are elsewhere, their threshold stays.
         here = any(item.digest in validated_on for root in roots(args) for item in photographs_to_score(root))
         known = [item for item in files if item.digest in checkpoint["trained_on"]]
         if known and (here or not validated_on or "threshold" not in checkpoint):
