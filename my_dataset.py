@@ -108,7 +108,7 @@ class DriveDataset(Dataset):
         self.details: list[Detail] = []  # of each photograph, or none
         self.without_border: list[bool] = []  # whether the photographs' fields of view have no round border
         self.scales: list[float] = []  # that bring the photographs to the size to work at
-        self.shares_outside: list[float] = []  # of each label's vessels, what lies outside the field of view
+        self.shares_outside: list[float] = []  # of each label's vessels, what lies outside an ROI mask of the whole
         # For scores, not for training:
         self.classes: list[np.ndarray] = []  # uint8 [H, W] each: labels without OUTSIDE
         self.second_observers: list[np.ndarray | None] = []  # vessels, bool [H, W] each
@@ -118,7 +118,8 @@ class DriveDataset(Dataset):
             retina = field_of_view if item.roi_mask is None else whole_retina(field_of_view, photograph)
             label = np.where(field_of_view, classes, OUTSIDE).astype(np.uint8)
             vessels = (classes != BACKGROUND) & (classes != OUTSIDE)
-            self.shares_outside.append(np.count_nonzero(vessels & ~field_of_view) / max(np.count_nonzero(vessels), 1))
+            outside = 0 if is_partial(field_of_view) else np.count_nonzero(vessels & ~field_of_view)
+            self.shares_outside.append(outside / max(np.count_nonzero(vessels), 1))
             if scale_of is not None:
                 scale = scale_of(photograph, retina)
             else:

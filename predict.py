@@ -107,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
 
     with PredictionTable(table) as rows:
         outcomes = segment_all(photographs, masks, rows, segmenter, args)
-    failures = [outcome.error for outcome in outcomes if outcome.error]
+    failures = [shown(outcome.error) for outcome in outcomes if outcome.error]
     if len(photographs) > 1:
         warned = sum(bool(outcome.row["warning"]) for outcome in outcomes)
         print(
@@ -203,15 +203,17 @@ def work_on(
     try:
         row |= digests(path, settings, args)
         same = former is not None and all(former[name] == row[name] for name in DIGESTS)
+        own = is_own(mask)
         if former and not args.overwrite:
             if former["photograph_digest"] != row["photograph_digest"] and former["file"] != row["file"]:
                 raise PhotographError(
                     f"{path}: {mask} is the mask of {former['file']}; choose another --output, or give --overwrite"
                 )
-            if same and all(picture.exists() and picture.stat().st_size for picture in picture_paths(mask, args)):
+            # The thumbnails of a mask that was corrected by hand would show another one.
+            needed = [picture for picture in picture_paths(mask, args) if own or picture.parent.name != THUMBNAILS]
+            if same and all(picture.exists() and picture.stat().st_size for picture in needed):
                 line = f"{name}: segmented before" if name else f"{shown(path)}: segmented before -> {mask}"
                 return Outcome(path, former | {"file": row["file"]}, line, kept=True)
-        own = is_own(mask)
         if former and not own and not args.overwrite and os.path.lexists(mask):
             raise PhotographError(
                 f"{path}: {mask} was changed since this program wrote it (or an earlier version did); choose another "
@@ -228,12 +230,12 @@ def work_on(
             remove_other_pictures(mask, args)  # of the mask before
         row |= facts(prediction, time.perf_counter() - started) | {"mask": escaped(Path(mask.name))}
         line = brief_line(prediction, name) if name else f"{progress_line(prediction)} -> {mask}"
-        if former and former["settings_digest"] != row["settings_digest"]:
+        if former and former["settings_digest"] not in ("", row["settings_digest"]):
             line += " (in place of the one with other weights or flags)"
         return Outcome(path, row, line, replaced=replaced)
     except DatasetError as error:
         row["error"] = printable(str(error))
-        return Outcome(path, row, f"failed: {error}", error=str(error))
+        return Outcome(path, row, f"failed: {shown(str(error))}", error=str(error))
 
 
 def digests(path: Path, settings: str, args: argparse.Namespace) -> Row:
@@ -291,7 +293,7 @@ def predict(path: Path, segmenter: Segmenter, args: argparse.Namespace) -> Predi
     if pages > 1:
         warnings.append(f"page {page} of {pages}, the largest")
     if damaged:
-        warnings.append("more pages are damaged")
+        warnings.append("more pages are damaged or unknown")
     return Prediction(**vars(segmentation), path=path, inference_seconds=seconds, warnings=warnings)
 
 

@@ -99,6 +99,7 @@ RULES: dict[str, Rule] = {
     "trained_scale": (_number(1e-3, 1e3), "a number from 0.001 to 1000"),
     "close_ups": (_is_bool, "True or False"),
     "threshold": (lambda value: _number(0, 1)(value) and 0 < value < 1, "a number between 0 and 1"),
+    "threshold_held_out": (_is_bool, "True or False"),
     "tta": (_is_bool, "True or False"),
     "tta_scales": (_are_scales, "a list of numbers from 0.25 to 5"),
     "averaged_steps": (_whole(1, 2**62), "a whole number of at least 1"),

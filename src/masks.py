@@ -19,15 +19,20 @@ def read_binary_mask(path: str | Path) -> np.ndarray:
     (up to 64 of 255), its white darker than 255 (down to 192), and a hundredth of its pixels may lie in between.
 
     Raises:
-        DatasetError: it cannot be read, or holds other values, or besides 0 and 255 the numbers of classes: in some
-            data sets 1 is the vessels and 255 what is unknown.
+        DatasetError: it cannot be read, or holds other values, or 0, 1 and 255: in some data sets 1 is the
+            vessels and 255 what is unknown.
     """
+    return _read_binary(path, largest_number=1)
+
+
+def _read_binary(path: str | Path, largest_number: int) -> np.ndarray:
+    """As above; refused too where it holds, besides 0 and 255, the numbers of classes up to a largest one alone."""
     grey = np.array(to_rgb(load_image(path)).convert("L"))
     if grey.max() <= 1:
         return grey == 1
-    numbers = (grey > 0) & (grey <= LARGEST_NUMBER)
-    unlike = ((grey > LARGEST_NUMBER) & (grey < 255)).any()
-    if grey.min() == 0 and grey.max() == 255 and not unlike and numbers.mean() > LARGEST_SMEAR:
+    numbers = (grey > 0) & (grey <= largest_number)
+    others = ((grey > largest_number) & (grey < 255)).any()
+    if grey.min() == 0 and grey.max() == 255 and not others and numbers.mean() > LARGEST_SMEAR:
         largest = int(grey[numbers].max())
         what = "1 may be white" if largest == 1 else f"those up to {largest} may be classes"
         instead = "" if largest == 1 else f", or train with --num-classes {largest}"
@@ -48,15 +53,16 @@ def read_classes(path: str | Path, num_classes: int) -> np.ndarray:
     """Decode a label as the class of each pixel, uint8 [H, W]: 0 is the background.
 
     Args:
-        path: for one class a black-and-white picture, as `read_binary_mask` takes it; for more, a picture whose greys
-            or palette numbers are the classes, and 255 where nothing is known.
+        path: for one class a black-and-white picture, as `read_binary_mask` takes it, but not one with the numbers of
+            more classes; for these, a picture whose greys or palette numbers are the classes, and 255 where nothing is
+            known.
         num_classes: without the background.
 
     Raises:
         DatasetError: it cannot be read, or holds other values.
     """
     if num_classes == 1:
-        return read_binary_mask(path).astype(np.uint8)
+        return _read_binary(path, LARGEST_NUMBER).astype(np.uint8)
     image = load_image(path)
     levels = np.array(image if image.mode == "P" else to_rgb(image).convert("L"))
     if ((levels > num_classes) & (levels != 255)).any():

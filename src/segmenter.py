@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,14 @@ class Segmenter:
         Raises:
             DatasetError: the file cannot be read, or an array or a number is not as above.
         """
-        if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+        if not 0 <= _as_float(threshold) <= 1:
             raise DatasetError(f"threshold {threshold}: is no probability; give one from 0 to 1")
-        if scale is not None and not (isinstance(scale, Real) and 0 < scale < math.inf):
+        if scale is not None and not 0 < _as_float(scale) < math.inf:
             raise DatasetError(f"scale {scale}: is no factor; give a number above 0, or None for the model's own")
-        if batch_size < 1:
-            raise DatasetError(f"batch_size {batch_size}: is less than one picture; give 1 or more")
+        threshold, scale = float(threshold), scale if scale is None else float(scale)
+        for name, number in (("tile", 1 if tile is None else tile), ("batch_size", batch_size)):
+            if not isinstance(number, Integral) or number < 1:
+                raise DatasetError(f"{name} {number}: is no whole number of at least 1")
         image = _as_array(photograph)
         if field_of_view is not None:
             field_of_view = _as_mask("field_of_view", field_of_view, image)
@@ -239,6 +241,14 @@ def classify(probabilities: Tensor, threshold: float) -> np.ndarray:
         return (probabilities[0] > threshold).to(torch.uint8).numpy()
     background = 1 - probabilities.sum(dim=0, keepdim=True)
     return torch.cat([background, probabilities]).argmax(dim=0).to(torch.uint8).numpy()
+
+
+def _as_float(number: Any) -> float:
+    """A number of any kind; what is none becomes NaN."""
+    try:
+        return float(number)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _as_array(photograph: str | Path | Image.Image | np.ndarray) -> np.ndarray:

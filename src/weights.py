@@ -10,8 +10,9 @@ show no border of the field of view), `trained_on` and `validated_on` (digests o
 `results` (their name), `selected_on` (the photographs that the best epoch was chosen on), `compared_from` (the first
 epoch whose Dice is on those), `tta` (whether to take the mean over views) and `tta_scales` (of these views, see
 `src.segment.views`). Some keys are optional: `training_model` (the weights to continue from) and `averaged_steps`, if
-`model` is an average, `threshold` (the probability above which a pixel is a vessel), and in files that were written
-again or published `normalization_assumed` (see `load_checkpoint`), `licence` and `provenance`.
+`model` is an average, `threshold` (the probability above which a pixel is a vessel) and `threshold_held_out` (whether
+it was chosen on held-out photographs), and in files that were written again or published `normalization_assumed` (see
+`load_checkpoint`), `licence` and `provenance`.
 `src.checkpoint_values` has a rule for each value.
 """
 

@@ -1202,6 +1202,19 @@ def test_a_mask_corrected_by_hand_stays(tmp_path, weights, photographs, capsys):
         assert 2 in kept(capsys, *flags)
     run(*flags, "--overwrite")
     assert corrected.read_bytes() != before
+    # The page shows no thumbnail of it.
+    corrected.write_bytes(before)
+    lines_of(capsys)
+    assert kept(capsys, *flags, "--report") == [2]
+    assert corrected.read_bytes() == before
+
+
+def test_an_overlay_of_others_stays_without_its_mask(tmp_path, weights, photographs, capsys):
+    flags = ("--weights", weights, "--image", photographs, "--output", tmp_path / "out", "--overlay")
+    run(*flags)
+    (tmp_path / "out" / "02_vessels.png").unlink()
+    Image.new("RGB", (80, 72)).save(tmp_path / "out" / "02_overlay.png")
+    assert "02_overlay.png is there, and this program did not write it" in fails(capsys, *flags)
 
 
 def test_tables_that_a_spreadsheet_saved(tmp_path, weights, photographs, capsys):
@@ -1224,14 +1237,27 @@ def test_tables_that_a_spreadsheet_saved(tmp_path, weights, photographs, capsys)
     assert masks >= {f"0{number}_vessels.png" for number in range(1, 5)}
 
 
-def test_an_empty_file_is_no_mask(tmp_path, weights, photographs, capsys):
-    flags = ("--weights", weights, "--image", photographs, "--output", tmp_path / "out", "--overlay")
+def test_an_empty_file_is_no_picture(tmp_path, weights, photographs, capsys):
+    """As a full disk or a power failure may leave it."""
+    flags = ("--weights", weights, "--image", photographs, "--output", tmp_path / "out", "--report")
     run(*flags)
-    overlay = tmp_path / "out" / "02_overlay.png"
-    overlay.write_bytes(b"")
+    thumbnail = tmp_path / "out" / "predictions_thumbnails" / "02_plain.jpg"
+    thumbnail.write_bytes(b"")
     lines_of(capsys)
-    message = fails(capsys, *flags)
-    assert "02_overlay.png is there, and this program did not write it" in message
+    assert kept(capsys, *flags) == [1, 3, 4] and thumbnail.stat().st_size > 0
+    (tmp_path / "out" / "03_vessels.png").write_bytes(b"")
+    assert "03_vessels.png was changed since this program wrote it" in fails_of_many(capsys, *flags)
+
+
+def test_a_table_without_the_end_of_its_last_line(tmp_path, weights, photographs):
+    flags = ("--weights", weights, "--output", tmp_path / "out", "--image")
+    run(*flags, photographs)
+    rows, path = table(tmp_path / "out"), tmp_path / "out" / "predictions.csv"
+    whole = path.read_text()
+    for text, left in ((whole.rstrip(), 4), (whole.rstrip()[:-1], 3), (whole[: whole.rindex(",")], 3)):
+        path.write_text(text)
+        run(*flags, photographs / "01.png")
+        assert sorted(row["mask"] for row in table(tmp_path / "out")) == [row["mask"] for row in rows][:left]
 
 
 def test_folders_of_earlier_versions(tmp_path, weights, photographs, capsys):
@@ -1303,8 +1329,9 @@ def test_pictures_beside_one_mask_are_of_that_mask(tmp_path, weights, photograph
     run(*flags[:4], "--output", tmp_path / "out", "--overlay")
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     other = (*flags[:2], "--image", photographs / "02.png", "--output", tmp_path / "out" / "01_vessels.png")
-    for more in ([], ["--overwrite"]):
-        assert "is a mask that the predictions.csv beside it tells of; give the folder" in fails(capsys, *other, *more)
+    beside = (*other[:-1], tmp_path / "out" / "01.png")
+    for command in (other, (*other, "--overwrite"), beside, (*beside, "--overlay")):
+        assert "the predictions.csv beside it tells of the mask of this name" in fails(capsys, *command)
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     # A name that the table does not know is as anywhere else.
     run(*flags[:4], "--output", tmp_path / "out" / "new.png", "--overlay")

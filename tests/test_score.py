@@ -503,11 +503,12 @@ def test_a_threshold_of_what_was_held_out_is_not_chosen_anew_on_the_training(dri
     report = test_only(drive, "best_model.pth", "--threshold", "auto")
     assert report["threshold"] == {"value": stored, "source": "auto: as the weights store it"}
     assert load_checkpoint("best_model.pth")["threshold"] == stored
-    # What validated on the test photographs chooses on the training.
+    # Where it was chosen on the training, as after a validation on the test photographs, it is again.
     small_run(drive, "--threshold", "auto")
-    for _ in range(2):
-        report = test_only(drive, "best_model.pth", "--threshold", "auto")
+    for flags in ([], ["--tta"]):
+        report = test_only(drive, "best_model.pth", "--threshold", "auto", *flags)
         assert report["threshold"]["source"] == "auto: best Dice on training photographs"
+        assert load_checkpoint("best_model.pth")["threshold_held_out"] is False
 
 
 def test_training_without_test_labels(drive, working_directory, capsys):

@@ -118,9 +118,11 @@ def test_numbers_are_checked(weights, photograph):
     for scale in (0, -1.0, float("inf"), float("nan"), "auto"):
         with pytest.raises(DatasetError, match=f"scale {scale}: is no factor"):
             segmenter(photograph, scale=scale)
-    with pytest.raises(DatasetError, match="batch_size 0: is less than one picture"):
-        segmenter(photograph, batch_size=0)
-    assert segmenter(photograph, scale=np.float32(0.5), threshold=np.float32(0.5)).scale == 0.5
+    for wrong in ({"batch_size": 0}, {"batch_size": None}, {"batch_size": 1.5}, {"tile": 0}, {"tile": -5}):
+        with pytest.raises(DatasetError, match="is no whole number of at least 1"):
+            segmenter(photograph, **wrong)
+    found = segmenter(photograph, scale=np.array(0.5), threshold=torch.tensor(0.5), batch_size=np.int64(2), tile=64)
+    assert found.scale == 0.5
 
 
 def test_flips_are_those_of_the_weights(weights, photograph):

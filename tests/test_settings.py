@@ -220,6 +220,13 @@ def test_flips_are_settled_by_the_checkpoint_unless_asked_for(shared_drive):
         assert args.tta is expected
 
 
+def test_weights_to_start_from_are_not_read_again(shared_drive, capsys):
+    args = train.parse_args(["--data-path", str(shared_drive), "--arch", "vgg16", "--backbone-weights", "missing.pth"])
+    settle(args, CPU, {"args": {}, "path": "last_model.pth"})
+    said = "--backbone-weights missing.pth: not read again, as the run goes on from last_model.pth\n"
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("script", [train, train_multi_GPU])
 def test_after_settling_the_flags_are_only_read(shared_drive, working_directory, monkeypatch, script):
     kept = []

@@ -4,7 +4,7 @@ import torch
 import train
 import train_multi_GPU
 from train_utils.settings import settle
-from train_utils.training_state import UNREPORTED, TrainingState
+from train_utils.training_state import UNREPORTED, MovingAverage, TrainingState
 
 CPU = torch.device("cpu")
 
@@ -128,6 +128,27 @@ def test_changes_against_a_checkpoint_that_does_not_name_them(capsys):
         del checkpoint["args"][name]
     new_state("--ema-decay", "0.9").restore(checkpoint)
     assert "changed since the checkpoint: ema_decay 0.0 -> 0.9;" in capsys.readouterr().out
+
+
+def test_another_number_of_processes_is_reported(capsys):
+    """Of a checkpoint of train.py, which names none, too."""
+    one, two = new_state(), new_state()
+    two.args.world_size, two.args.sync_bn = 2, True
+    checkpoint = as_loaded(two)
+    two.restore(as_loaded(one))
+    assert "changed since the checkpoint: world_size 1 -> 2, sync_bn False -> True;" in capsys.readouterr().out
+    new_state().restore(checkpoint)
+    assert "changed since the checkpoint: world_size 2 -> 1, sync_bn True -> False;" in capsys.readouterr().out
+
+
+def test_the_average_counts_the_steps_of_batch_normalisation():
+    model = train.create_model(base_c=4)
+    average = MovingAverage(model, 0.9)
+    for _ in range(3):
+        model(torch.rand(2, 3, 32, 32))
+        average.update_parameters(model)
+    counts = [value for name, value in average.module.state_dict().items() if name.endswith("num_batches_tracked")]
+    assert counts and all(count == 3 for count in counts) and average.n_averaged == 3
 
 
 def test_an_unchanged_run_reports_nothing(capsys):

@@ -139,7 +139,8 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
     if looks_like_a_file:
         if tells_of(output.parent / TABLE, output):
             raise UsageError(
-                f"--output {output}: is a mask that the {TABLE} beside it tells of; give the folder, {output.parent}"
+                f"--output {output}: the {TABLE} beside it tells of the mask of this name; give its folder, "
+                f"{output.parent}, or choose another name"
             )
         if _is_mask(output) is False:
             raise UsageError(f"--output {output}: would overwrite a picture that is no mask; choose another name")
@@ -180,7 +181,7 @@ def require_no_others(masks: Iterable[tuple[Path, bool]], args: argparse.Namespa
     others = [
         path
         for mask, known in masks
-        if not (known and not is_own(mask))
+        if not (known and os.path.lexists(mask) and not is_own(mask))
         for path in picture_paths(mask, args)
         if os.path.lexists(path) and not is_own(path) and path.parent.name != THUMBNAILS
     ]

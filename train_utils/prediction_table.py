@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ TABLE = "predictions.csv"
 FACTS = ("width", "height", "field_of_view_diameter", "scale", "vessel_share", "reliability", "warning", "seconds")
 DIGESTS = ("photograph_digest", "settings_digest")
 COLUMNS = ("file", "mask", *FACTS, "error", *DIGESTS)
+WHOLE_ROW = re.compile(r",[0-9a-f]{16}\s*\Z")  # the end of a table, with or without that of its last line
 SYNC_SECONDS = 1.0  # at most this much of the table is lost with the power
 
 Row = Mapping[str, str]
@@ -103,9 +105,13 @@ def _key(row: Row) -> tuple[str, str]:
 
 
 def tells_of(path: Path, mask: Path) -> bool:
-    """Whether the table at a path, if one of predict.py is there, has a row for a mask of this name."""
+    """Whether the table at a path, if there is one, has a row for a mask of this name, with or without "_vessels".
+
+    The pictures beside both have the same names.
+    """
+    names = {escaped(Path(f"{mask.stem.removesuffix('_vessels')}{ending}.png")) for ending in ("", "_vessels")}
     try:
-        return any(row["mask"] == escaped(Path(mask.name)) for row in _read(path))
+        return any(row["mask"] in names for row in _read(path))
     except UserError:
         return False
 
@@ -118,7 +124,9 @@ def _read(path: Path) -> list[Row]:
         return []
     except OSError as error:
         raise OutputError(f"{path}: cannot be read ({error.strerror or error}); choose another --output") from error
-    lines = text[: text.rfind("\n") + 1].splitlines()
+    if not WHOLE_ROW.search(text):  # a run that was killed may have left a part of one
+        text = text[: text.rfind("\n") + 1]
+    lines = text.splitlines()
     try:
         header = next(csv.reader(lines[:1]), [])
         rows = list(csv.DictReader(lines))

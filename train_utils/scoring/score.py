@@ -104,15 +104,15 @@ def score_weights(path: str | Path, device: torch.device, args: argparse.Namespa
     with explain_out_of_memory(smaller):
         model = build_model(checkpoint, device)
         as_stored = prepared_as_stored and seen_as_stored
-        threshold, of_views = _settle_threshold(model, checkpoint, device, args, how, files, as_stored)
+        threshold, to_store = _settle_threshold(model, checkpoint, device, args, how, files, as_stored)
         photographs = _open(files, model, checkpoint, how)
         if args.test_only:
             _tell_of_labels(photographs)
         _report_faults(photographs)
         measurement = measure(model, photographs, device, threshold.value, **how)
-    if of_views and prepared_as_stored:
-        sha256 = on_main_process(_store_threshold, path, sha256, {"threshold": threshold.value} | of_views)
-    elif of_views and is_main_process():
+    if to_store and prepared_as_stored:
+        sha256 = on_main_process(_store_threshold, path, sha256, {"threshold": threshold.value} | to_store)
+    elif to_store and is_main_process():
         print(f"--threshold auto: not stored in {path}, whose photographs are prepared in another way")
     _report(measurement, Origin.of(checkpoint, threshold, how["tta"], how["scales"], sha256), args)
 
@@ -379,9 +379,11 @@ def _settle_threshold(
     scored: Sequence[LabelledPhotograph],
     as_stored: bool,
 ) -> tuple[Threshold, dict[str, Any]]:
-    """The threshold that the flag gives; or with "auto" the best one, with the views that it holds with, to be stored.
+    """The threshold that the flag gives; or with "auto" the best one, and what is to be stored with it.
 
-    It is chosen on the photographs that the weights' own run held out; where it held out none, on those it trained on.
+    That is whether it was chosen on photographs that the weights' own run held out, and the views that it holds with.
+    Where the data has none that were held out, it is chosen on those that were trained on, but never in place of one
+    of held-out photographs.
     Where those held out are `scored` too, as without labels of test photographs, its origin says so. Where none of
     these are in the data, it is the one that the weights store; whether views and preparation are `as_stored` too, it
     says.
@@ -397,14 +399,15 @@ def _settle_threshold(
         other = "" if as_stored else ", which was chosen with other views or another preparation"
         return Threshold(checkpoint["threshold"], f"auto: as the weights store it{other}"), {}
     value = best_threshold(model, _open(files, model, checkpoint, how), device, **how)
-    of_views = {"tta": how["tta"]} | ({"tta_scales": list(how["scales"])} if how["tta"] else {})
+    to_store = {"threshold_held_out": held_out, "tta": how["tta"]}
+    to_store |= {"tta_scales": list(how["scales"])} if how["tta"] else {}
     origin = f"auto: best Dice on {describe(files) if held_out else 'training'} photographs"
     chosen_on = {item.digest for item in files}
     if same := sum(item.digest in chosen_on for item in scored):
         some = f"; {same} of the {len(scored)} that are scored are among them"
         origin += ", the ones that are scored" if same == len(scored) else some
         origin += ": these scores are a little too high"
-    return Threshold(value, origin), of_views
+    return Threshold(value, origin), to_store
 
 
 def _files_for_threshold(checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[list[LabelledPhotograph], bool]:
@@ -420,11 +423,9 @@ def _files_for_threshold(checkpoint: Checkpoint, args: argparse.Namespace) -> tu
         validated_on = set(checkpoint.get("validated_on", ()))
         if held_out := [item for item in files if item.digest in validated_on]:
             return held_out, True
-        # Those held out may be test photographs, on which none is chosen. If they are elsewhere, their threshold stays.
-        here = any(item.digest in validated_on for root in roots(args) for item in photographs_to_score(root))
-        known = [item for item in files if item.digest in checkpoint["trained_on"]]
-        if known and (here or not validated_on or "threshold" not in checkpoint):
-            return known, False
+        trained_on = [item for item in files if item.digest in checkpoint["trained_on"]]
+        if trained_on and not checkpoint.get("threshold_held_out", False):
+            return trained_on, False
         if "threshold" in checkpoint:
             return [], False
         raise UsageError(
