@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import re
+import shutil
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from src.weights import CheckpointError, load_checkpoint
 from tests.conftest import SMALL_RUN
 from tests.test_predict import make_model, save
 from train_utils import publish, settings
+from train_utils.checkpoint import add_to_checkpoint
 from train_utils.synthetic_drive import synthetic_photograph
 
 PROJECT = Path(__file__).parents[1]
@@ -397,9 +399,12 @@ def test_weights_to_start_from_are_checked_with_the_flags(tmp_path, capsys):
 
 
 def test_publishing_keeps_the_model_and_drops_the_run(tmp_path, weights):
-    target = tmp_path / "small.pth"
+    target, kept = tmp_path / "small.pth", {"threshold": 0.4, "threshold_held_out": True}
+    weights = shutil.copy(weights, tmp_path / "whole.pth")
+    add_to_checkpoint(weights, **kept)
     publish.main(publish.parse_args([str(weights), str(target), "--licence", "free", "--provenance", "a test"]))
     small, whole = load_checkpoint(target), load_checkpoint(weights)
     assert small["licence"] == "free" and small["provenance"] == "a test" and small["tta"] is True
+    assert kept.items() <= small.items()
     assert all(torch.equal(small["model"][name], value) for name, value in whole["model"].items())
     assert isinstance(load_pretrained(target), Segmenter)

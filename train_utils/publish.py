@@ -16,7 +16,7 @@ from .files import require_no_input, sha256_of
 KEPT = (
     *("model", "model_args", "mean", "std", "normalization", "normalization_assumed", "fov_diameter", "trained_scale"),
     "close_ups",
-    *("tta", "tta_scales", "threshold", "trained_on", "validated_on", "selected_on"),
+    *("tta", "tta_scales", "threshold", "threshold_held_out", "trained_on", "validated_on", "selected_on"),
 )
 
 
