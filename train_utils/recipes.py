@@ -83,12 +83,13 @@ There, at commit db771b4 (the first line is the same run), each a change of code
 
     nothing else                      0.8128                               average precision by fold 0.9190, 0.8911
     bicubic sampling                  0.8129  (+0.0000, 0.0007, 10)                                  0.9189, 0.8902
+    drop-out at the bottom            0.8127  (-0.0002, 0.0005,  9)                                  0.9186, 0.8907
 
 Bicubic sampling (the crops that are resampled) finds more: sensitivity +0.0042 (0.0008, higher in 19 of 20), clDice
 +0.0014 (0.0005), but gains on one fold what it loses on the other. With bend=0.01 besides (fold 1/2 alone), -0.0003
 (0.0004, average precision 0.9186). Weights of the first line, scored over other views (`--test-only --resume
 last_model.pth --fold K/2 --amp --tta --tta-scales ...`), have less average precision: over 0.8 1 1.25 by fold 0.9127
-and 0.8856, over 1 1.2 0.9143 and 0.8850.
+and 0.8856, over 1 1.2 0.9143 and 0.8850. The drop-out is of whole channels, 0.3 of the output of `down4`.
 
 The labels of one fold are wider than those of the other: the first line's weights would have 0.8340 at a threshold of
 0.30 on fold 1/2, and 0.8016 at 0.68 on fold 2/2 (found on these photographs themselves, by hand), in place of 0.8275
