@@ -192,8 +192,8 @@ class DriveDataset(Dataset):
     def _of_root(self, root: Path) -> "DriveDataset":
         indices = [index for index, item in enumerate(self.files) if item.root == root]
         subset = copy.copy(self)
-        lists = ("files", "images", "labels", "details", "without_border", "scales", "shares_outside", "on_device")
-        for name in (*lists, "classes", "second_observers"):
+        of_each = ("files", "images", "labels", "details", "without_border", "scales", "shares_outside")
+        for name in (*of_each, "classes", "second_observers", "on_device"):
             values = getattr(self, name)
             setattr(subset, name, [values[index] for index in indices] if values else values)
         return subset

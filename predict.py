@@ -55,16 +55,7 @@ from train_utils.prediction_files import (
     write_pictures,
 )
 from train_utils.prediction_report import REPORT, THUMBNAILS, write_report
-from train_utils.prediction_table import (
-    COLUMNS,
-    DIGESTS,
-    FACTS,
-    PredictionTable,
-    Row,
-    digest,
-    escaped,
-    printable,
-)
+from train_utils.prediction_table import COLUMNS, DIGESTS, FACTS, PredictionTable, Row, digest, escaped, printable
 
 TRAINED = Path("save_weights", "best_model.pth")
 AT_ONCE = 2  # photographs that are worked on at once
@@ -202,30 +193,17 @@ def work_on(
     row = dict.fromkeys(COLUMNS, "") | {"file": escaped(Path(os.path.realpath(path.parent), path.name))}
     try:
         row |= digests(path, settings, args)
-        same = former is not None and all(former[name] == row[name] for name in DIGESTS)
+        if former and not args.overwrite and stays(path, mask, former, row, args):
+            line = f"{name}: segmented before" if name else f"{shown(path)}: segmented before -> {mask}"
+            return Outcome(path, former | {"file": row["file"]}, line, kept=True)
         own = is_own(mask)
-        if former and not args.overwrite:
-            if former["photograph_digest"] != row["photograph_digest"] and former["file"] != row["file"]:
-                raise PhotographError(
-                    f"{path}: {mask} is the mask of {former['file']}; choose another --output, or give --overwrite"
-                )
-            # The thumbnails of a mask that was corrected by hand would show another one.
-            needed = [picture for picture in picture_paths(mask, args) if own or picture.parent.name != THUMBNAILS]
-            if same and all(picture.exists() and picture.stat().st_size for picture in needed):
-                line = f"{name}: segmented before" if name else f"{shown(path)}: segmented before -> {mask}"
-                return Outcome(path, former | {"file": row["file"]}, line, kept=True)
-        if former and not own and not args.overwrite and os.path.lexists(mask):
-            raise PhotographError(
-                f"{path}: {mask} was changed since this program wrote it (or an earlier version did); choose another "
-                "--output, or let --overwrite replace it"
-            )
         places = 1 if name and pixel_count(path) <= LARGE else AT_ONCE  # two large ones may not fit into memory
         with _PLACES.taken(places):
             torch.set_num_threads(threads if threads % AT_ONCE else threads * places // AT_ONCE)  # of this thread
             prediction = predict(path, segmenter, args)
             with memory_for(path):
                 write_pictures(prediction, mask, args)
-        replaced = former is not None and not same
+        replaced = former is not None and not same_digests(former, row)
         if replaced or (former is None and own):  # the mask itself tells of an earlier one
             remove_other_pictures(mask, args)  # of the mask before
         row |= facts(prediction, time.perf_counter() - started) | {"mask": escaped(Path(mask.name))}
@@ -236,6 +214,38 @@ def work_on(
     except DatasetError as error:
         row["error"] = printable(str(error))
         return Outcome(path, row, f"failed: {shown(str(error))}", error=str(error))
+
+
+def stays(path: Path, mask: Path, former: Row, row: Row, args: argparse.Namespace) -> bool:
+    """Whether the mask of an earlier run stays, as the same is asked for again.
+
+    Args:
+        path, mask: of the photograph and of its mask.
+        former: the row of this mask in the table of earlier runs.
+        row: that of now, with its file and digests.
+
+    Raises:
+        PhotographError: what would be replaced is the mask of another photograph, or another program changed it.
+    """
+    if former["photograph_digest"] != row["photograph_digest"] and former["file"] != row["file"]:
+        raise PhotographError(
+            f"{path}: {mask} is the mask of {former['file']}; choose another --output, or give --overwrite"
+        )
+    own = is_own(mask)
+    # The thumbnails of a mask that was corrected by hand would show another one.
+    needed = [picture for picture in picture_paths(mask, args) if own or picture.parent.name != THUMBNAILS]
+    if same_digests(former, row) and all(picture.exists() and picture.stat().st_size for picture in needed):
+        return True
+    if not own and os.path.lexists(mask):
+        raise PhotographError(
+            f"{path}: {mask} was changed since this program wrote it (or an earlier version did); choose another "
+            "--output, or let --overwrite replace it"
+        )
+    return False
+
+
+def same_digests(former: Row, row: Row) -> bool:
+    return all(former[column] == row[column] for column in DIGESTS)
 
 
 def digests(path: Path, settings: str, args: argparse.Namespace) -> Row:

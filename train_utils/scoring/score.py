@@ -382,11 +382,10 @@ def _settle_threshold(
     """The threshold that the flag gives; or with "auto" the best one, and what is to be stored with it.
 
     That is whether it was chosen on photographs that the weights' own run held out, and the views that it holds with.
-    Where the data has none that were held out, it is chosen on those that were trained on, but never in place of one
-    of held-out photographs.
-    Where those held out are `scored` too, as without labels of test photographs, its origin says so. Where none of
-    these are in the data, it is the one that the weights store; whether views and preparation are `as_stored` too, it
-    says.
+    Where the data has none of those, it is chosen on those that were trained on, but never in place of one of held-out
+    photographs. Where those that it is chosen on are `scored` too, as without labels of test photographs, its origin
+    says so. Where none of either are in the data, it is the one that the weights store; whether views and preparation
+    are `as_stored` too, it says.
     """
     classes = model.model_args["num_classes"]
     require_two_classes_for_threshold(classes, args.threshold)
