@@ -112,9 +112,10 @@ def field_of_view_diameter(field_of_view: np.ndarray) -> float:
     A disc that the frame cuts off at the top and bottom keeps its width, so this is its true diameter. Rows and columns
     with less than a hundredth of the fullest one do not count: specks beside the disc must not make it larger.
     """
+    # Along columns in uint8, which is five times as quick, and which 255 rows cannot exceed.
+    parts = [field_of_view[top : top + 255].sum(axis=0, dtype=np.uint8) for top in range(0, len(field_of_view), 255)]
     sides = []
-    for axis in (0, 1):
-        counts = field_of_view.sum(axis=axis, dtype=np.uint32)
+    for counts in (np.sum(parts, axis=0, dtype=np.uint32), field_of_view.sum(axis=1, dtype=np.uint32)):
         reached = np.flatnonzero(counts > counts.max() / 100)
         sides.append(reached[-1] - reached[0] + 1 if len(reached) else 0)
     return float(max(sides))
