@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from train_utils.command_line import run_script
+from train_utils.scoring import contact_sheet
+from train_utils.scoring.contact_sheet import PANEL
 from train_utils.synthetic_drive import synthetic_photograph, write_synthetic_drive
 
 SMALL_RUN = ["--device", "cpu", "--base-c", "4", "--base-size", "80", "--crop-size", "48", "--lr", "0.05"]
@@ -24,6 +26,18 @@ def refusal(capsys, script, *flags, status=1):
     assert stopped.value.code == status
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+@pytest.fixture(autouse=True)
+def small_contact_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of runs draw one, which takes a tenth of a second; see `full_contact_sheets`."""
+    monkeypatch.setattr(contact_sheet, "PANEL", PANEL // 4)
+
+
+@pytest.fixture
+def full_contact_sheets(monkeypatch: pytest.MonkeyPatch, small_contact_sheets: None) -> None:
+    """As large as users have them."""
+    monkeypatch.setattr(contact_sheet, "PANEL", PANEL)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from train_utils.scoring.contact_sheet import (
     sheet_row,
 )
 
+pytestmark = pytest.mark.usefixtures("full_contact_sheets")
+
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 
 # Linear RGB as people with no, and with the three kinds of, colour blindness see it: G. M. Machado et al., "A

@@ -50,9 +50,7 @@ def outputs(model, image):
     [
         ("unet", {}),
         pytest.param("unet", {"bilinear": False, "in_channels": 1}, marks=pytest.mark.slow),
-        ("unet_paper", {}),
-        pytest.param("mobilenet_v3", {}, marks=pytest.mark.slow),
-        pytest.param("vgg16", {}, marks=pytest.mark.slow),
+        *(pytest.param(arch, {}, marks=pytest.mark.slow) for arch in ("unet_paper", "mobilenet_v3", "vgg16")),
     ],
 )
 def test_onnx_runtime_agrees_at_any_size(tmp_path, capsys, arch, model_args):

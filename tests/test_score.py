@@ -149,7 +149,7 @@ def test_the_label_outside_the_field_of_view_counts_in_the_full_frame_alone(driv
     assert pooled[1]["sensitivity"] < pooled[0]["sensitivity"] and pooled[1]["precision"] == pooled[0]["precision"]
 
 
-def test_table_and_files(shared_drive, weights, working_directory, capsys):
+def test_table_and_files(shared_drive, weights, working_directory, capsys, full_contact_sheets):
     report = test_only(shared_drive, weights, "--val-split", "2")  # the test photographs whatever it says
     output = capsys.readouterr().out
     assert report["photographs"] == TEST_NAMES and report["scored_on"] == "test" and report["epoch"] == 7
@@ -548,7 +548,7 @@ def score_as_script(*flags):
     train_multi_GPU.main(train_multi_GPU.parse_args(flags))
 
 
-def test_processes_agree(drive, weights, tmp_path, monkeypatch):
+def test_processes_agree(drive, weights, tmp_path, monkeypatch, full_contact_sheets):
     for kind in ("images", "1st_manual", "mask", "2nd_manual"):
         for number in ("03", "04"):
             next((drive / "DRIVE" / "test" / kind).glob(f"{number}*")).unlink()  # the third process gets none
