@@ -423,3 +423,10 @@ def test_flags_with_underscores(capsys):
             train.parse_args(flags)
         assert "unrecognized arguments: --data_path" in (error := capsys.readouterr().err)
         assert "; write --data-path (see --help)" in error
+
+
+def test_an_empty_argument_is_reported_in_one_line(capsys):
+    """As a shell passes an unset variable in quotes."""
+    with pytest.raises(SystemExit):
+        train.parse_args([""])
+    assert "error: unrecognized arguments: ; a value follows" in capsys.readouterr().err

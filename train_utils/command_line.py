@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
             hint = "; give a value that begins with a dash as --flag=-value"
         elif message.startswith("unrecognized arguments"):
             hint = "; a value follows the name of its flag, as --image photograph.jpg"
-            unknown = message.split(": ", 1)[1].split()[0].split("=")[0]
+            unknown = message.split(": ", 1)[1].partition(" ")[0].split("=")[0]
             if (known := unknown.replace("_", "-")) != unknown and known in self._option_string_actions:
                 hint = f"; write {known}"
         self.exit(2, f"{self.prog}: error: {message}{hint} (see --help)\n")
