@@ -197,14 +197,14 @@ def _require_plausible(path: Path, checkpoint: Checkpoint) -> None:
         raise CheckpointError(_altered(path, fault))
     with torch.device("meta"):  # neither time nor memory
         expected = create_model(**model_args).state_dict()
-    for key in {"model", "training_model"} & checkpoint.keys():
-        _require_values(path, checkpoint[key])
-        if difference := _difference(expected, checkpoint[key]):
+    for state_dict in [checkpoint[key] for key in ("model", "training_model") if key in checkpoint]:
+        _require_values(path, state_dict)
+        if difference := _difference(expected, state_dict):
             raise CheckpointError(
                 f"{path}: holds the weights of another model than it says ({difference}); give a file that train.py "
                 "wrote"
             )
-        for name, value in checkpoint[key].items():
+        for name, value in state_dict.items():
             if value.is_floating_point() != expected[name].is_floating_point():
                 raise CheckpointError(_altered(path, f"{name} holds values of {value.dtype}"))
 
