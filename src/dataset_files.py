@@ -153,7 +153,7 @@ def pair(part: str, folder: Path) -> list[LabelledPhotograph]:
             second_observers.find(photograph, "second observer's label"),
             part,
             folder if part == "all" else folder.parent,
-            second_observers.fault_of(photograph),
+            second_observers.faults.get(photograph),
         )
         for photograph in photographs
     ]
@@ -191,7 +191,7 @@ class _Companions:
         for file in (file for place in self.folders for file in images_in(place)):
             self.by_stem.setdefault(comparable(file.stem), []).append(file)
         self.taken: dict[Path, Path] = {}  # companion -> photograph
-        self.faults: dict[Path, str] = {}  # by photograph
+        self.faults: dict[Path, str] = {}  # by photograph, as far as `find` has looked
 
     def find(self, photograph: Path, kind: str, required: bool = False) -> Path | None:
         stem, drive_name = photograph.stem, photograph.stem.split("_")[0] + self.drive_ending
@@ -211,10 +211,6 @@ class _Companions:
         elif (other := self.taken.setdefault(files[0], photograph)) != photograph:
             self.faults[photograph] = f"{photograph}: has the same {kind} as {other}, {files[0]}"
         return files[0]
-
-    def fault_of(self, photograph: Path) -> str | None:
-        """What is wrong with a photograph's companion, as far as `find` has looked; None: nothing."""
-        return self.faults.get(photograph)
 
     def _expected(self, name: str) -> Path:
         """The file that DRIVE would have, in the folder that is there."""
