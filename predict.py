@@ -157,12 +157,12 @@ def segment_all(
         raise
     finally:
         torch.set_num_threads(threads)  # of those that begin later
+        page = masks[0].parent / REPORT
         if args.report:
             told = [one.row | {"file": one.path} for one in done if not one.error]
             failures = {one.path: one.error for one in done if one.error}
-            path = masks[0].parent / REPORT
-            write_report(path, ("file", *FACTS), told, failures, dict(zip(photographs, masks, strict=True)))
-        elif any(one.replaced for one in done) and (page := masks[0].parent / REPORT).exists():
+            write_report(page, FACTS, told, failures, dict(zip(photographs, masks, strict=True)))
+        elif any(one.replaced for one in done) and page.exists():
             remove(page)
             print(f"{page}: removed, as it showed other masks; --report writes it anew")
     return done

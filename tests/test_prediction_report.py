@@ -21,7 +21,7 @@ from train_utils.prediction_report import THUMBNAILS, thumbnail_paths, write_rep
 from train_utils.prediction_table import FACTS
 from train_utils.synthetic_drive import synthetic_photograph
 
-COLUMNS = ("file", "width", "vessel_share")
+COLUMNS = ("width", "vessel_share")
 ENTITIES = "&lt;b&gt;.jpg"
 HOSTILE = ["</script><script>alert(1)</script>.jpg", "\"' onerror=alert(1) x=.jpg", ENTITIES, "a b#?%41.jpg"]
 NOT_UTF8 = os.fsdecode(b"odd\xe2\xff<i>.jpg")

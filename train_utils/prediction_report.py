@@ -50,8 +50,8 @@ def write_report(
 
     Args:
         path: the page; the masks and the folder of thumbnails lie beside it.
-        columns: of the table.
-        rows: of the table; "file" is the path of the photograph.
+        columns: of the table, to show.
+        rows: of the table; "file", which is always shown, is the path of the photograph.
         failures: the photographs that could not be segmented, each with its error.
         masks: all photographs, each with its mask.
 
@@ -69,11 +69,10 @@ def _page(
     failures: Mapping[Path, str],
     masks: Mapping[Path, Path],
 ) -> Iterator[str]:
-    numbers = [column for column in columns if column != "file"]
     summary = f"{len(rows)} of {len(masks)} photographs segmented, {len(failures)} failed"
     if missing := len(masks) - len(rows) - len(failures):
         summary += f", {missing} not reached before the run was stopped"
-    buttons = "".join(f"<button data-sort>{_title(column)}</button>\n" for column in ["file", *numbers])
+    buttons = "".join(f"<button data-sort>{_title(column)}</button>\n" for column in ("file", *columns))
     yield HEAD.substitute(summary=summary, buttons=buttons)
     for photograph, message in failures.items():
         yield f'<article class="failed">\n{_heading(photograph)}\n<p>{escape(message)}</p>\n</article>\n'
@@ -81,7 +80,7 @@ def _page(
         mask, name = masks[row["file"]], escape(row["file"].name)
         plain, overlay = (f"{THUMBNAILS}/{_link(path)}" for path in thumbnail_paths(mask))
         facts = "".join(
-            f"<div><dt>{_title(column)}</dt><dd>{escape(str(row[column]))}</dd></div>\n" for column in numbers
+            f"<div><dt>{_title(column)}</dt><dd>{escape(str(row[column]))}</dd></div>\n" for column in columns
         )
         yield (
             f'<article>\n<button class="pair">'
