@@ -18,7 +18,7 @@ def curves(history: Sequence[Mapping[str, Any]], evaluated_on: str) -> Image.Ima
     """Loss, learning rate and Dice over the epochs, one above the other; the best Dice is marked.
 
     Args:
-        history: the rows of the results files, at least one of them with a Dice.
+        history: rows of the results files with a Dice, at least one.
         evaluated_on: the photographs of the Dice, in words.
     """
     charts = (("training loss", "train_loss"), ("learning rate", "lr"), (f"Dice on {evaluated_on}", "dice"))
@@ -26,10 +26,9 @@ def curves(history: Sequence[Mapping[str, Any]], evaluated_on: str) -> Image.Ima
     picture = Image.new("RGB", (SMOOTHING * CURVES_WIDTH, SMOOTHING * height), "white")
     draw = ImageDraw.Draw(picture)
     for index, (title, name) in enumerate(charts):
-        rows = [row for row in history if name in row]  # an epoch of --train-on-all has no Dice
-        values = [row[name] for row in rows]
+        values = [row[name] for row in history]
         best = values.index(max(values)) if name == "dice" else None
-        _draw_chart(draw, index * CURVE_HEIGHT, title, [row["epoch"] for row in rows], values, best)
+        _draw_chart(draw, index * CURVE_HEIGHT, title, [row["epoch"] for row in history], values, best)
     _text(draw, CURVES_WIDTH / 2, height - 24, "epoch", anchor="ma")
     return picture.reduce(SMOOTHING)
 

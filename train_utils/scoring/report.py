@@ -259,8 +259,7 @@ def write_report(report: dict[str, Any], measurement: Measurement, folder: Path)
     write_csv(folder / "scores.csv", rows[0], rows)
     heading = report["weights"]
     if report["threshold"]:
-        heading += f", selected on: {report['selected_on']}, "
-        heading += f"threshold: {_threshold(report)}"
+        heading += f", selected on: {report['selected_on']}, threshold: {_threshold(report)}"
     write_picture(folder / "scores.png", contact_sheet(measurement.worst, len(rows), heading))
 
 
