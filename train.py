@@ -60,15 +60,15 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
     checkpoint = load_to_resume(args)
     settle(args, device, checkpoint)
     train_data, val_data = open_datasets(args, device)
-    check_what_is_scored(train_data.files, val_data.files, args, checkpoint)
+    files = train_data.files, val_data.files
+    check_what_is_scored(*files, args, checkpoint)
     train_loader, val_loaders = make_loaders(train_data, val_data, device, args, drop_last=False)
 
     torch.manual_seed(args.seed)
     with explain_out_of_memory("lower --base-c, or use another --arch"):
         model = create_model(**model_arguments(args)).to(device, memory_format=memory_format(args))
-    files = train_data.files, val_data.files
     state = TrainingState(model, device, len(train_loader), args, *files, **train_data.what_a_model_knows())
-    record = functools.partial(record_run, args, device, train_data.files, val_data.files, checkpoint)
+    record = functools.partial(record_run, args, device, *files, checkpoint)
     best_dice = fit(model, state, train_loader, val_loaders, checkpoint, record)
     conclude_training(device, args, best_dice)
     if args.demo and val_data.files:
