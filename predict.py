@@ -6,6 +6,7 @@ import src.threads  # noqa: F401  # before torch is imported
 
 import argparse
 import functools
+import math
 import os
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ import torch
 
 from src import Segmenter
 from src.errors import DatasetError
-from src.photograph import LARGE, PhotographError, page_and_pages, pixel_count, read_photograph, require_file
+from src.photograph import LARGE, PhotographError, image_size, page_and_pages, read_photograph, require_file
 from src.places import Places
 from src.reliability import reasons_for_doubt
 from src.roi_mask import choose_field_of_view, require_roi_mask, roi_mask_path
@@ -197,7 +198,7 @@ def work_on(
             line = f"{name}: segmented before" if name else f"{shown(path)}: segmented before -> {mask}"
             return Outcome(path, former | {"file": row["file"]}, line, kept=True)
         own = is_own(mask)
-        places = 1 if name and pixel_count(path) <= LARGE else AT_ONCE  # two large ones may not fit into memory
+        places = 1 if name and math.prod(image_size(path)) <= LARGE else AT_ONCE  # two of more may not fit into memory
         with _PLACES.taken(places):
             torch.set_num_threads(threads if threads % AT_ONCE else threads * places // AT_ONCE)  # of this thread
             prediction = predict(path, segmenter, args)

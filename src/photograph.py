@@ -73,23 +73,14 @@ def read_photograph(path: str | Path) -> np.ndarray:
     return photograph
 
 
-def pixel_count(path: str | Path) -> int:
-    """The number of pixels that an image file says it has.
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height in pixels that an image file says it has, as it is stored: its EXIF orientation may swap them.
 
     Raises:
         PhotographError: as `load_image`, except that damage within the picture is not found.
     """
     with _open(path) as image:
-        return image.width * image.height
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height in pixels of an image file, as it is shown.
-
-    Raises:
-        PhotographError: as `load_image`.
-    """
-    return load_image(path).size
+        return image.size
 
 
 def is_turned(path: str | Path) -> bool:

@@ -15,8 +15,8 @@ from src.masks import read_binary_mask, read_classes
 from src.photograph import (
     FORMATS,
     PhotographError,
-    image_size,
     list_photographs,
+    load_image,
     page_and_pages,
     read_photograph,
 )
@@ -169,7 +169,7 @@ def test_two_threads_read_at_once_without_warnings(tmp_path, monkeypatch):
         warnings.simplefilter("error")
         before = list(warnings.filters)
         with ThreadPoolExecutor(2) as threads:
-            assert list(threads.map(image_size, [path, path])) == [(100, 100)] * 2
+            assert [image.size for image in threads.map(load_image, [path, path])] == [(100, 100)] * 2
         assert warnings.filters == before
 
 
