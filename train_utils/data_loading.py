@@ -309,4 +309,4 @@ def _useful(workers: int) -> int:
 
 def default_workers(device: torch.device, batch_size: int) -> int:
     """The tutorial's number of loading processes for a GPU; none on a CPU, where they would take the model's cores."""
-    return min(os.cpu_count() or 1, batch_size if batch_size > 1 else 0, 8) if device.type == "cuda" else 0
+    return min(batch_size, 8) if device.type == "cuda" and batch_size > 1 else 0
