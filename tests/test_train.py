@@ -430,3 +430,9 @@ def test_an_empty_argument_is_reported_in_one_line(capsys):
     with pytest.raises(SystemExit):
         train.parse_args([""])
     assert "error: unrecognized arguments: ; a value follows" in capsys.readouterr().err
+
+
+def test_a_file_of_any_name_brings_no_advice_on_dashes(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--init-weights", "as_expected.pth"])
+    assert "as_expected.pth: no such file" in (error := capsys.readouterr().err) and "dash" not in error

@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         hint = ""
-        if "expected" in message:
+        if ": expected " in message:
             hint = "; give a value that begins with a dash as --flag=-value"
         elif message.startswith("unrecognized arguments"):
             hint = "; a value follows the name of its flag, as --image photograph.jpg"
