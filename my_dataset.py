@@ -22,7 +22,7 @@ from src.dataset_files import LabelledPhotograph, Split, root_names
 from src.errors import DatasetError
 from src.field_of_view import DRIVE_FOV_DIAMETER as DRIVE_FOV_DIAMETER
 from src.field_of_view import field_of_view_diameter, find_field_of_view, is_rectangle
-from src.masks import read_binary_mask, read_classes
+from src.masks import looks_like_mask, read_binary_mask, read_classes
 from src.photograph import is_turned, read_photograph
 from src.roi_mask import is_partial, whole_retina
 from src.segment import match_scale, prepare_at_scale
@@ -300,6 +300,10 @@ def read_field_of_view(item: LabelledPhotograph, photograph: np.ndarray | None =
 def _read_photograph(item: LabelledPhotograph, num_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A photograph, uint8 [H, W, 3], its classes, uint8 [H, W], and its field of view, bool [H, W]."""
     photograph = read_photograph(item.photograph)
+    if looks_like_mask(photograph):
+        raise DatasetError(
+            f"{item.photograph}: is black and white, as a label or a mask is; take it out of {item.photograph.parent}"
+        )
     classes, field_of_view = read_classes(item.label, num_classes), read_field_of_view(item, photograph)
     require_size(item.label, classes, item.photograph, photograph.shape[:2])
     return photograph, classes, field_of_view

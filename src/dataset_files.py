@@ -13,11 +13,11 @@ from .errors import DatasetError
 from .photograph import images_in, require_file
 
 LABEL_FOLDERS = ("1st_manual", "labels", "masks_manual", "manual1")
-LABEL_ENDINGS = ("", "_manual1", "_mask", "_label", "_vessel", "_vessels", "_1stHO", "_gt")
+LABEL_ENDINGS = ("", "_manual1", "_mask", "_label", "_vessel", "_vessels", "_1stHO", "_gt", "_manual_orig", ".ah")
 ROI_FOLDERS = ("mask", "masks")
-ROI_ENDINGS = ("_mask", "")
+ROI_ENDINGS = ("_mask", "", "_mask_orig")
 SECOND_FOLDERS = ("2nd_manual",)
-SECOND_ENDINGS = ("_manual2", "_2ndHO", "")
+SECOND_ENDINGS = ("_manual2", "_2ndHO", "", ".vk")
 HELD_OUT_SHARE = 5  # without a test part, one of so many photographs is held out
 FIRST_FEW = 3  # faults that a message lists
 EYE = re.compile(r"(?<=[\d_. -])(l|r|left|right|od|os)$", re.IGNORECASE)  # at the end of a name: 01L, 7_left, A-OD
@@ -204,7 +204,7 @@ class _Companions:
         ]
         if not files:
             if required:
-                self.faults[photograph] = f"{photograph}: its {kind} {self._expected(drive_name)} is missing"
+                self.faults[photograph] = f"{photograph}: its {kind} {self._expected(photograph)} is missing"
             return None
         if len(files) > 1:
             self.faults[photograph] = f"{photograph}: its {kind} is ambiguous: {files[0]} or {files[1]}"
@@ -212,10 +212,12 @@ class _Companions:
             self.faults[photograph] = f"{photograph}: has the same {kind} as {other}, {files[0]}"
         return files[0]
 
-    def _expected(self, name: str) -> Path:
-        """The file that DRIVE would have, in the folder that is there."""
+    def _expected(self, photograph: Path) -> Path:
+        """The companion that it should have, in the folder that is there."""
         place = next((folder for folder in self.folders if folder.is_dir()), self.folders[0])
-        return place / f"{name}.gif"
+        number, _, rest = photograph.stem.partition("_")
+        of_drive = number.isdigit() and rest in ("training", "test")
+        return place / (f"{number}{self.drive_ending}.gif" if of_drive else f"{photograph.stem}.*")
 
     def require_sound(self) -> None:
         """Raise the faults so far, the first few in words.
@@ -253,8 +255,9 @@ def _training_part(root: str | Path) -> tuple[str, Path]:
     for part in ("training", "all"):
         if part in parts:
             return part, parts[part]
-    folder = parts["test"].parent / "training" / "images"
-    raise DatasetError(f"--data-path {root}: has no training photographs; put them into {folder}")
+    folder, train = (parts["test"].parent / name for name in ("training", "train"))
+    advice = f"rename {train} to training" if train.is_dir() else f"put them into {folder / 'images'}"
+    raise DatasetError(f"--data-path {root}: has no training photographs; {advice}")
 
 
 def photographs_to_score(root: str | Path) -> list[LabelledPhotograph]:

@@ -10,6 +10,9 @@ from .photograph import load_image, to_rgb
 DARKEST_WHITE, LIGHTEST_BLACK = 192, 64  # levels of 255
 LARGEST_NUMBER = 16  # of a class, where no pixel lies between it and 255
 LARGEST_SMEAR = 0.01  # share of the pixels between them, as JPEG leaves beside edges
+# Of 152 real photographs, none with so few pixels in between has more than 0.001 of white; labels have 0.04 and more.
+LEAST_WHITE = LEAST_BLACK = 0.02  # shares of the pixels of a label or a mask
+LARGEST_COLOURED = 0.0005  # share of pixels of a bright colour that is dark as a grey, as blue is
 
 
 def read_binary_mask(path: str | Path) -> np.ndarray:
@@ -19,15 +22,21 @@ def read_binary_mask(path: str | Path) -> np.ndarray:
     (up to 64 of 255), its white darker than 255 (down to 192), and a hundredth of its pixels may lie in between.
 
     Raises:
-        DatasetError: it cannot be read, or holds other values, or 0, 1 and 255: in some data sets 1 is the
-            vessels and 255 what is unknown.
+        DatasetError: it cannot be read, or holds other values or colours such as blue, or 0, 1 and 255: in some data
+            sets 1 is the vessels and 255 what is unknown.
     """
     return _read_binary(path, largest_number=1)
 
 
 def _read_binary(path: str | Path, largest_number: int) -> np.ndarray:
     """As above; refused too where it holds, besides 0 and 255, the numbers of classes up to a largest one alone."""
-    grey = np.array(to_rgb(load_image(path)).convert("L"))
+    image = to_rgb(load_image(path))
+    grey = np.array(image.convert("L"))
+    if image.getcolors(2) is None and _coloured(np.array(image), grey):
+        raise DatasetError(
+            f"{path}: holds bright colours, as labels of arteries and veins do, some of which are dark as a grey; save "
+            "it again with all vessels white"
+        )
     if grey.max() <= 1:
         return grey == 1
     numbers = (grey > 0) & (grey <= largest_number)
@@ -47,6 +56,21 @@ def _read_binary(path: str | Path, largest_number: int) -> np.ndarray:
             f"{_list(np.unique(grey))}; save it again in black and white, without loss or smoothing"
         )
     return grey > 127
+
+
+def _coloured(colours: np.ndarray, grey: np.ndarray) -> bool:
+    """Whether a picture, uint8 [H, W, 3], has bright pixels that are not white in its greys, uint8 [H, W]."""
+    brightest, darkest = colours.max(axis=2), colours.min(axis=2)
+    coloured = (brightest >= DARKEST_WHITE) & (darkest <= LIGHTEST_BLACK) & (grey < DARKEST_WHITE)
+    return bool(coloured.mean() > LARGEST_COLOURED)
+
+
+def looks_like_mask(photograph: np.ndarray) -> bool:
+    """Whether a photograph, uint8 [H, W, 3], is black and white to the eye, as a label or an ROI mask is."""
+    step = -(-max(photograph.shape) // 1000)
+    levels = photograph[::step, ::step, 1]
+    white, black = (levels >= DARKEST_WHITE).mean(), (levels <= LIGHTEST_BLACK).mean()
+    return bool(white > LEAST_WHITE and black > LEAST_BLACK and 1 - white - black < LARGEST_SMEAR)
 
 
 def read_classes(path: str | Path, num_classes: int) -> np.ndarray:

@@ -113,7 +113,8 @@ class Segmenter:
         """Segment a photograph at the model's working scale; what comes back has the photograph's own size.
 
         Args:
-            photograph: a file, a PIL image, or uint8 [H, W, 3]; grey [H, W] and [H, W, 4] too.
+            photograph: a file, a PIL image (as it is stored, not turned by its EXIF orientation), or uint8 [H, W, 3];
+                grey [H, W] and [H, W, 4] too.
             field_of_view: where vessels count, bool [H, W] (or numbers, not 0); None: where the retina is.
             retina: what scale and colours follow from, as that; None: the field of view if that is given and not small
                 in its frame (`src.roi_mask.whole_retina`), else what is found in the photograph.
@@ -190,7 +191,7 @@ class Segmenter:
             self._segment(photograph, retina, scale, flips=True, tile=tile, batch_size=batch_size, votes=votes)
             return agreement_of_views(votes, retina)
 
-        agreements = {scale: agreement(scale) for scale in (whole, *others)}
+        agreements = {scale: agreement(scale) for scale in dict.fromkeys((whole, *others))}  # some may be equal
         best = max(agreements, key=agreements.__getitem__)
         return best if agreements[best] > agreements[whole] + CLEARLY else whole
 

@@ -8,7 +8,7 @@ from PIL import Image
 from src.dataset_files import Split, describe, find_parts, has_labels, match_masks, pair, photographs_to_score
 from src.errors import DatasetError
 
-ENDINGS = ["", "_manual1", "_mask", "_label", "_vessel", "_vessels", "_1stHO", "_gt"]
+ENDINGS = ["", "_manual1", "_mask", "_label", "_vessel", "_vessels", "_1stHO", "_gt", "_manual_orig", ".ah"]
 
 
 def touch(*paths):
@@ -61,6 +61,35 @@ def test_masks_of_the_plain_layout(tmp_path):
     assert [item.roi_mask.name for item in pair("all", tmp_path)] == ["01_dr.png", "01_h_mask.png"]
 
 
+def test_data_sets_whose_files_keep_their_names(tmp_path):
+    """STARE, with both observers, and DR HAGIS."""
+    touch(tmp_path / "images" / "im0001.ppm", tmp_path / "labels" / "im0001.ah.ppm")
+    touch(tmp_path / "2nd_manual" / "im0001.vk.ppm")
+    touch(
+        tmp_path / "images" / "1.jpg", tmp_path / "labels" / "1_manual_orig.png", tmp_path / "mask" / "1_mask_orig.png"
+    )
+    of_hagis, of_stare = pair("all", tmp_path)
+    assert of_hagis.label.name == "1_manual_orig.png" and of_hagis.roi_mask.name == "1_mask_orig.png"
+    assert of_stare.label.name == "im0001.ah.ppm" and of_stare.second_observer.name == "im0001.vk.ppm"
+
+
+@pytest.mark.parametrize(
+    "photograph, label",
+    [
+        ("21_training", "21_manual1.gif"),
+        ("01_test", "01_manual1.gif"),
+        ("Image_01L", "Image_01L.*"),
+        ("01_h", "01_h.*"),
+    ],
+)
+def test_a_missing_label_has_a_name_of_its_own(tmp_path, photograph, label):
+    """Two photographs that begin alike cannot both have the one by DRIVE's rule."""
+    touch(tmp_path / "images" / f"{photograph}.jpg", tmp_path / "labels" / "other.png")
+    with pytest.raises(DatasetError) as raised:
+        pair("all", tmp_path)
+    assert f"{photograph}.jpg: its label {tmp_path / 'labels' / label} is missing" in str(raised.value)
+
+
 def test_missing_labels_are_listed(tmp_path):
     plain(tmp_path, 6)
     for number in range(1, 6):
@@ -99,7 +128,10 @@ def test_parts(tmp_path):
     shutil.rmtree(tmp_path / "DRIVE" / "training")
     assert list(find_parts(tmp_path)) == ["test"]
     assert len(photographs_to_score(tmp_path)) == 2
-    with pytest.raises(DatasetError, match="has no training photographs"):
+    with pytest.raises(DatasetError, match="has no training photographs; put them into .*training/images"):
+        Split().divide(tmp_path)
+    plain(tmp_path / "DRIVE" / "train", 2)
+    with pytest.raises(DatasetError, match="has no training photographs; rename .*train to training"):
         Split().divide(tmp_path)
 
 

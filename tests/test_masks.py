@@ -99,6 +99,19 @@ def test_what_is_not_black_and_white(tmp_path, values):
         read_binary_mask(path)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_coloured_vessels(tmp_path, mode):
+    """Of a label of arteries and veins, the blue ones are darker than black may be."""
+    picture = np.zeros((60, 80, 3), np.uint8)
+    picture[10:20] = (255, 255, 0)
+    Image.fromarray(picture).convert(mode).save(tmp_path / "yellow.png")
+    assert np.array_equal(read_binary_mask(tmp_path / "yellow.png"), picture[..., 0] > 0)
+    picture[10:20], picture[40:42, :10] = 255, (0, 0, 255)
+    Image.fromarray(picture).convert(mode).save(tmp_path / "veins.png")
+    with pytest.raises(DatasetError, match=r"veins\.png: holds bright colours, as labels of arteries and veins do"):
+        read_binary_mask(tmp_path / "veins.png")
+
+
 def test_a_hundredth_may_lie_in_between(tmp_path):
     grey = np.where(VESSELS, 255, 0).astype(np.uint8)
     grey.flat[:20] = 100  # of 2000

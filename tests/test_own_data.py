@@ -23,6 +23,7 @@ from my_dataset import OUTSIDE, DriveDataset, working_diameter
 from src import load_pretrained
 from src.dataset_files import pair
 from src.errors import DatasetError
+from src.segmenter import PRETRAINED
 from tests.conftest import SMALL_RUN, refusal
 from tests.pictures import disc
 from tests.processes import in_processes
@@ -808,6 +809,17 @@ def test_scale_and_colours_follow_from_the_whole_retina_everywhere(own, tmp_path
     mask = np.array(Image.open(next((parts / "masks").iterdir()))) > 0
     photograph = next((parts / "images").iterdir())
     assert segmenter(photograph, mask).scale == pytest.approx(segmenter(photograph).scale, abs=0.1)
+
+
+@pytest.mark.parametrize("flags", [["--test-only", "--resume", PRETRAINED], ["--epochs", "1"]])
+def test_a_label_among_the_photographs_is_refused(shared_drive, working_directory, capsys, flags):
+    """As a second observer's, of a data set that has all its files in one folder."""
+    plain(shared_drive, Path("data"), masks=False)
+    label = next(Path("data/labels").iterdir())
+    for folder in ("images", "labels"):
+        Image.open(label).save(f"data/{folder}/22_eye_2ndHO.png")
+    message = fails(capsys, "--data-path", "data", *flags)
+    assert "data/images/22_eye_2ndHO.png: is black and white, as a label or a mask is; take it out of" in message
 
 
 def test_test_only_tells_of_labels_and_roi_masks(own, tmp_path, working_directory, capsys):

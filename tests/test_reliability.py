@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from src.field_of_view import find_field_of_view, shows_two_discs
+from src.photograph import read_photograph
 from src.reliability import (
     agreement_of_views,
     brightness,
@@ -125,6 +126,18 @@ def test_reasons(retina):
     assert doubts(photograph, share=0.01) == ["few vessels"]
     assert doubts(photograph, share=0.3) == ["unusual vessel share"]
     assert doubts(photograph, reliability=0.3) == ["low reliability"]
+
+
+@pytest.mark.parametrize("quality", [None, 75])
+def test_a_label_among_the_photographs(retina, tmp_path, quality):
+    """By a name such as 01_1stHO.png it is one of the files of a folder."""
+    photograph, vessels, field_of_view = retina
+    for number, levels in enumerate((vessels, field_of_view)):
+        label = tmp_path / (f"{number}.png" if quality is None else f"{number}.jpg")
+        Image.fromarray(levels).save(label, **({} if quality is None else {"quality": quality}))
+        assert "black and white like a label" in doubts(read_photograph(label))
+    for share in (1, 0.5, 0.25):
+        assert "black and white like a label" not in doubts((photograph * share).astype(np.uint8))
 
 
 @pytest.mark.parametrize("fault", [None, "blurred", "too dark", "of one colour"])

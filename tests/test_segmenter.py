@@ -332,6 +332,20 @@ def test_some_models_see_a_close_up_as_a_whole(trained_on, tmp_path):
     assert segmenter.working_scale(np.zeros((80, 90, 3), np.uint8), np.ones((80, 90), bool)) == 0.5
 
 
+def test_equal_scales_are_tried_once(tmp_path):
+    """Of a tiny picture, or a mask of one pixel, all of them are the largest that there is."""
+    segmenter = load_pretrained(save(tmp_path / "weights.pth", make_model(), fov_diameter=2000.0))
+    tried = []
+
+    def remember(photograph, retina, scale, *, votes, **options):
+        tried.append(scale)
+        votes.count, votes.views = torch.zeros(retina.shape), 4
+
+    segmenter._segment = remember
+    assert segmenter.working_scale(np.zeros((80, 90, 3), np.uint8), np.ones((80, 90), bool)) == 4
+    assert tried == [4]
+
+
 def test_training_tells_close_ups_from_whole_fields_of_view(shared_drive):
     assert not DriveDataset(shared_drive, train=True).are_close_ups()
     data = DriveDataset(shared_drive, train=True)
