@@ -298,8 +298,8 @@ def _edges_outside(ellipses: np.ndarray, edges: _Edges) -> np.ndarray:
     x0, y0, a, b = ellipses.T[..., None]  # [n, 1] each
     share = 1 - ((np.arange(height) * 4 + 2 - y0) / (b + 5)) ** 2  # [n, height]
     half = np.sqrt(np.maximum(share, 0)) * (a + 5)
-    first, last = ((x0 + end - 2) / 4 for end in (-half, half))
-    first, end = (np.clip(column, 0, width).astype(np.intp) for column in (np.ceil(first), np.floor(last) + 1))
+    left, right = (x0 - half - 2) / 4, (x0 + half - 2) / 4  # of the ellipse, in cells from the middle of the first
+    first, end = (np.clip(column, 0, width).astype(np.intp) for column in (np.ceil(left), np.floor(right) + 1))
     rows = np.arange(height)
     inside = np.where(share >= 0, sums[rows, end] - sums[rows, first], 0).sum(axis=1)
     return ((cells.sum() - inside) / b[:, 0]).astype(np.float32)
