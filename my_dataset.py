@@ -302,7 +302,8 @@ def _read_photograph(item: LabelledPhotograph, num_classes: int) -> tuple[np.nda
     photograph = read_photograph(item.photograph)
     if looks_like_mask(photograph):
         raise DatasetError(
-            f"{item.photograph}: is black and white, as a label or a mask is; take it out of {item.photograph.parent}"
+            f"{item.photograph}: is black and white, as a label or a mask is; take it out of {item.photograph.parent} "
+            "(if it is a photograph, cut white text and borders off)"
         )
     classes, field_of_view = read_classes(item.label, num_classes), read_field_of_view(item, photograph)
     require_size(item.label, classes, item.photograph, photograph.shape[:2])

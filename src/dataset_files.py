@@ -13,11 +13,12 @@ from .errors import DatasetError
 from .photograph import images_in, require_file
 
 LABEL_FOLDERS = ("1st_manual", "labels", "masks_manual", "manual1")
-LABEL_ENDINGS = ("", "_manual1", "_mask", "_label", "_vessel", "_vessels", "_1stHO", "_gt", "_manual_orig", ".ah")
+LABEL_ENDINGS = ("", "_manual1", "_mask", "_label", "_vessel", "_vessels", "_1stHO", "_gt")
+LATER_LABEL_ENDINGS = ("_manual_orig", ".ah")  # of DR HAGIS and STARE; where there is none of the others
 ROI_FOLDERS = ("mask", "masks")
-ROI_ENDINGS = ("_mask", "", "_mask_orig")
+ROI_ENDINGS, LATER_ROI_ENDINGS = ("_mask", ""), ("_mask_orig",)
 SECOND_FOLDERS = ("2nd_manual",)
-SECOND_ENDINGS = ("_manual2", "_2ndHO", "", ".vk")
+SECOND_ENDINGS, LATER_SECOND_ENDINGS = ("_manual2", "_2ndHO", ""), (".vk",)
 HELD_OUT_SHARE = 5  # without a test part, one of so many photographs is held out
 FIRST_FEW = 3  # faults that a message lists
 EYE = re.compile(r"(?<=[\d_. -])(l|r|left|right|od|os)$", re.IGNORECASE)  # at the end of a name: 01L, 7_left, A-OD
@@ -133,8 +134,9 @@ def pair(part: str, folder: Path) -> list[LabelledPhotograph]:
     """Each photograph of a part, in its folder, with its companions.
 
     A photograph `21_training.tif` has the label `21_manual1.*` (as in DRIVE). Where there is none, it has the one of
-    its own stem, with one of LABEL_ENDINGS behind it. Labels lie in LABEL_FOLDERS. ROI masks and the labels of a second
-    observer are found the same way and may be missing. Capitals and small letters are the same.
+    its own stem, with one of LABEL_ENDINGS behind it, else of LATER_LABEL_ENDINGS. Labels lie in LABEL_FOLDERS. ROI
+    masks and the labels of a second observer are found the same way and may be missing. Capitals and small letters are
+    the same.
 
     A fault of a second observer's file is kept with the photograph.
 
@@ -142,9 +144,9 @@ def pair(part: str, folder: Path) -> list[LabelledPhotograph]:
         DatasetError: a label is missing, or a label or ROI mask is ambiguous or belongs to two photographs.
     """
     photographs = find_photographs(folder)
-    labels = _Companions(folder, LABEL_FOLDERS, LABEL_ENDINGS, "_manual1")
-    second_observers = _Companions(folder, SECOND_FOLDERS, SECOND_ENDINGS, "_manual2")
-    roi_masks = _Companions(folder, ROI_FOLDERS, ROI_ENDINGS, f"_{folder.name}_mask")
+    labels = _Companions(folder, LABEL_FOLDERS, LABEL_ENDINGS, "_manual1", LATER_LABEL_ENDINGS)
+    second_observers = _Companions(folder, SECOND_FOLDERS, SECOND_ENDINGS, "_manual2", LATER_SECOND_ENDINGS)
+    roi_masks = _Companions(folder, ROI_FOLDERS, ROI_ENDINGS, f"_{folder.name}_mask", LATER_ROI_ENDINGS)
     pairs = [
         LabelledPhotograph(
             photograph,
@@ -184,9 +186,16 @@ def comparable(name: str) -> str:
 class _Companions:
     """The files of some folders, as companions of photographs."""
 
-    def __init__(self, folder: Path, names: Iterable[str], endings: Sequence[str], drive_ending: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        names: Iterable[str],
+        endings: Sequence[str],
+        drive_ending: str,
+        later_endings: Sequence[str] = (),
+    ) -> None:
         self.folders = [folder / name for name in names]
-        self.endings, self.drive_ending = endings, drive_ending
+        self.endings, self.drive_ending, self.later_endings = endings, drive_ending, later_endings
         self.by_stem: dict[str, list[Path]] = {}
         for file in (file for place in self.folders for file in images_in(place)):
             self.by_stem.setdefault(comparable(file.stem), []).append(file)
@@ -194,14 +203,12 @@ class _Companions:
         self.faults: dict[Path, str] = {}  # by photograph, as far as `find` has looked
 
     def find(self, photograph: Path, kind: str, required: bool = False) -> Path | None:
-        stem, drive_name = photograph.stem, photograph.stem.split("_")[0] + self.drive_ending
-        # A photograph is not its own companion, where photographs and masks lie in one folder.
-        files = self.by_stem.get(comparable(drive_name)) or [
-            file
-            for ending in self.endings
-            for file in self.by_stem.get(comparable(stem + ending), [])
-            if file != photograph
-        ]
+        drive_name = photograph.stem.split("_")[0] + self.drive_ending
+        files = (
+            self.by_stem.get(comparable(drive_name))
+            or self._of_stem(photograph, self.endings)
+            or self._of_stem(photograph, self.later_endings)
+        )
         if not files:
             if required:
                 self.faults[photograph] = f"{photograph}: its {kind} {self._expected(photograph)} is missing"
@@ -211,6 +218,15 @@ class _Companions:
         elif (other := self.taken.setdefault(files[0], photograph)) != photograph:
             self.faults[photograph] = f"{photograph}: has the same {kind} as {other}, {files[0]}"
         return files[0]
+
+    def _of_stem(self, photograph: Path, endings: Sequence[str]) -> list[Path]:
+        # A photograph is not its own companion, where photographs and masks lie in one folder.
+        return [
+            file
+            for ending in endings
+            for file in self.by_stem.get(comparable(photograph.stem + ending), [])
+            if file != photograph
+        ]
 
     def _expected(self, photograph: Path) -> Path:
         """The companion that it should have, in the folder that is there."""
@@ -228,7 +244,7 @@ class _Companions:
         if not self.faults:
             return
         more = f" (and {len(self.faults) - FIRST_FEW} more)" if len(self.faults) > FIRST_FEW else ""
-        endings = ", ".join(f"STEM{ending}.*" for ending in self.endings)
+        endings = ", ".join(f"STEM{ending}.*" for ending in (*self.endings, *self.later_endings))
         raise DatasetError(
             f"{'; '.join(list(self.faults.values())[:FIRST_FEW])}{more}. A photograph NUMBER_... has the file "
             f"NUMBER{self.drive_ending}.*, else one of its own stem, {endings}, in "

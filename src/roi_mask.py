@@ -77,7 +77,12 @@ def roi_mask_path(path: Path, choice: str | None) -> Path | None:
         return Path(choice)
     stems = path.stem, f"{path.stem}_mask"
     known = {comparable(stem) for stem in stems}
-    matches = [file for file in images_in(Path(choice)) if comparable(file.stem) in known]
+    files = images_in(Path(choice))
+    matches = [file for file in files if comparable(file.stem) in known] or [
+        file
+        for file in files
+        if comparable(file.stem) == comparable(f"{path.stem}_mask_orig")  # of DR HAGIS
+    ]
     if len(matches) != 1:
         found = "both " + " and ".join(map(str, matches[:2])) if matches else "no such file"
         raise PhotographError(f"--roi-mask {choice}: needs one {stems[0]}.* or {stems[1]}.* for {path}, has {found}")

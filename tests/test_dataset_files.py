@@ -71,6 +71,16 @@ def test_data_sets_whose_files_keep_their_names(tmp_path):
     of_hagis, of_stare = pair("all", tmp_path)
     assert of_hagis.label.name == "1_manual_orig.png" and of_hagis.roi_mask.name == "1_mask_orig.png"
     assert of_stare.label.name == "im0001.ah.ppm" and of_stare.second_observer.name == "im0001.vk.ppm"
+    # Where there are others besides, these count, and among predicted masks they are labels.
+    touch(tmp_path / "labels" / "im0001.png", tmp_path / "labels" / "1.png", tmp_path / "mask" / "1_mask.png")
+    touch(tmp_path / "2nd_manual" / "im0001.png")
+    of_hagis, of_stare = pair("all", tmp_path)
+    assert of_hagis.label.name == "1.png" and of_hagis.roi_mask.name == "1_mask.png"
+    assert of_stare.label.name == of_stare.second_observer.name == "im0001.png" and of_stare.fault is None
+    assert match_masks([of_stare.photograph], tmp_path / "labels") == [tmp_path / "labels" / "im0001.png"]
+    (tmp_path / "labels" / "im0001.png").unlink()
+    with pytest.raises(DatasetError, match="is missing"):
+        match_masks([of_stare.photograph], tmp_path / "labels")
 
 
 @pytest.mark.parametrize(

@@ -867,6 +867,14 @@ def test_names_of_roi_masks_may_be_composed_in_another_way(tmp_path):
     assert roi_mask_path(Path(f"{decomposed}.jpg"), str(tmp_path)).stem == f"{composed}_mask"
 
 
+def test_roi_masks_of_dr_hagis(tmp_path):
+    """By the name that training knows too; another one of the photograph comes first."""
+    (tmp_path / "1_mask_orig.png").touch()
+    assert roi_mask_path(Path("1.jpg"), str(tmp_path)).name == "1_mask_orig.png"
+    (tmp_path / "1_mask.png").touch()
+    assert roi_mask_path(Path("1.jpg"), str(tmp_path)).name == "1_mask.png"
+
+
 def test_a_mask_of_a_part_of_the_retina_does_not_change_its_size(tmp_path, photographs):
     image = photographs / "01.png"
     photograph = read_photograph(image)
