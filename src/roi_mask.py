@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .dataset_files import comparable
+from .dataset_files import LATER_ROI_ENDINGS, ROI_ENDINGS, comparable
 from .field_of_view import field_of_view_diameter, find_field_of_view
 from .masks import read_binary_mask
 from .photograph import PhotographError, images_in
@@ -75,15 +75,13 @@ def roi_mask_path(path: Path, choice: str | None) -> Path | None:
         return beside if os.path.isfile(beside) else None
     if not os.path.isdir(choice):
         return Path(choice)
-    stems = path.stem, f"{path.stem}_mask"
-    known = {comparable(stem) for stem in stems}
-    files = images_in(Path(choice))
-    matches = [file for file in files if comparable(file.stem) in known] or [
-        file
-        for file in files
-        if comparable(file.stem) == comparable(f"{path.stem}_mask_orig")  # of DR HAGIS
-    ]
+    files, matches = images_in(Path(choice)), []
+    for endings in (ROI_ENDINGS, LATER_ROI_ENDINGS):
+        known = {comparable(path.stem + ending) for ending in endings}
+        matches = matches or [file for file in files if comparable(file.stem) in known]
     if len(matches) != 1:
         found = "both " + " and ".join(map(str, matches[:2])) if matches else "no such file"
-        raise PhotographError(f"--roi-mask {choice}: needs one {stems[0]}.* or {stems[1]}.* for {path}, has {found}")
+        raise PhotographError(
+            f"--roi-mask {choice}: needs one {path.stem}.* or {path.stem}_mask.* for {path}, has {found}"
+        )
     return matches[0]

@@ -1,5 +1,6 @@
 """The field of view of photographs: what surrounds it, what cuts it off, and pictures without any."""
 
+import time
 import warnings
 
 import numpy as np
@@ -7,7 +8,14 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from my_dataset import read_binary_mask
-from src.field_of_view import field_of_view_diameter, find_field_of_view, shows_two_discs
+from src.field_of_view import (
+    _edges_outside,
+    _find_edges,
+    _log,
+    field_of_view_diameter,
+    find_field_of_view,
+    shows_two_discs,
+)
 from src.photograph import read_photograph
 from tests.pictures import disc, framed, overlap
 from train_utils.synthetic_drive import synthetic_photograph
@@ -21,6 +29,36 @@ def test_diameter():
     specks[2, 3] = specks[390:392, 390] = True
     assert abs(field_of_view_diameter(specks) - 300) <= 2
     assert field_of_view_diameter(np.zeros((20, 20), bool)) == 0
+    for height in (255, 256, 510, 600):  # counts of more than 255
+        assert field_of_view_diameter(np.ones((height, 700), bool)) == 700
+
+
+def test_the_edges_outside_an_ellipse(synthetic):
+    """By looking at every cell of four pixels; the search itself works with the ends of its rows."""
+    edges = _find_edges(_log(Image.fromarray(synthetic[0][0])))
+    rng = np.random.default_rng(0)
+    ellipses = np.stack([rng.uniform(-50, 400, 50), rng.uniform(-50, 400, 50), *rng.uniform(20, 300, (2, 50))], axis=1)
+    height, width = (side // 4 for side in edges.size.shape)
+    strength = np.clip(edges.size / edges.threshold - 1, 0, 1)[: 4 * height, : 4 * width]
+    rows, columns = np.mgrid[:height, :width] * 4 + 2
+    expected = []
+    for x, y, a, b in ellipses:
+        outside = ((columns - x) / (a + 5)) ** 2 + ((rows - y) / (b + 5)) ** 2 > 1
+        expected.append((strength * outside.repeat(4, axis=0).repeat(4, axis=1)).sum() / b)
+    assert np.ptp(expected) > 10
+    assert _edges_outside(ellipses, edges) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_search_keeps_to_its_thread(synthetic):
+    """A second thread of numpy's, spinning all the while, would take a core from the networks beside it."""
+
+    def of_others():
+        return time.process_time() - time.thread_time()
+
+    before, own = of_others(), time.thread_time()
+    for photograph, _, _ in synthetic:
+        find_field_of_view(photograph)
+    assert of_others() - before < 0.3 * (time.thread_time() - own)
 
 
 @pytest.mark.parametrize("size", [(565, 584), (200, 180), (64, 64), (1600, 1200)])
