@@ -75,8 +75,8 @@ def _coloured(image: Image.Image, grey: np.ndarray) -> bool:
 def looks_like_mask(photograph: np.ndarray) -> bool:
     """Whether a photograph, uint8 [H, W, 3], is black and white to the eye, as a label or an ROI mask is."""
     step = math.ceil(max(photograph.shape) / 500)
-    channels = np.moveaxis(photograph[::step, ::step], 2, 0)
-    white, black = np.all(channels >= DARKEST_WHITE, axis=0).mean(), np.all(channels <= BLACK, axis=0).mean()
+    channels = np.moveaxis(photograph[::step, ::step], 2, 0).copy()  # side by side in memory, which is quick
+    white, black = (channels.min(axis=0) >= DARKEST_WHITE).mean(), (channels.max(axis=0) <= BLACK).mean()
     return bool(white > LEAST_WHITE and black > LEAST_BLACK and 1 - white - black < LARGEST_SMEAR)
 
 

