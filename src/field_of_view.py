@@ -187,7 +187,8 @@ def _reduced(photograph: np.ndarray, factor: int) -> Image.Image:
 
 def _log(image: Image.Image) -> np.ndarray:
     """Logarithms of the levels, float32 [h, w, 3]."""
-    return np.log1p(np.arange(256, dtype=np.float32) / DARK_LEVEL)[np.asarray(image)]
+    logarithms = np.log1p(np.arange(256, dtype=np.float32) / DARK_LEVEL)
+    return logarithms.take(np.asarray(image), mode="clip")  # all levels are in range, and so numpy need not look
 
 
 def _moved(ellipse: np.ndarray, offset: np.ndarray) -> np.ndarray:

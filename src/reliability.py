@@ -136,20 +136,24 @@ def reasons_for_doubt(
 
 def brightness(photograph: np.ndarray, retina: np.ndarray) -> float:
     """The mean level, 0 to 255, of the brightest channel inside the retina."""
-    return max(float(photograph[..., channel][retina].mean()) for channel in range(3)) if retina.any() else 0.0
+    if not retina.any():
+        return 0.0
+    return float(max(np.average(np.arange(256), weights=counts) for counts in _histograms(photograph, retina)))
 
 
 def spread(photograph: np.ndarray, retina: np.ndarray) -> float:
     """The standard deviation of the levels inside the retina, of the channel where it is largest."""
     if not retina.any():
         return 0.0
-    # By histograms: numpy makes float64 values of all pixels.
-    mask, levels = Image.fromarray(retina), np.arange(256)
-    spreads = []
-    for channel in range(3):
-        counts = np.array(Image.fromarray(photograph[..., channel]).histogram(mask))
+    levels, spreads = np.arange(256), []
+    for counts in _histograms(photograph, retina):
         spreads.append(np.sqrt(np.average((levels - np.average(levels, weights=counts)) ** 2, weights=counts)))
     return float(max(spreads))
+
+
+def _histograms(photograph: np.ndarray, retina: np.ndarray) -> np.ndarray:
+    """How many pixels inside the retina have each level, int [3, 256] by channel; numpy makes float64 values of all."""
+    return np.reshape(Image.fromarray(photograph).histogram(Image.fromarray(retina)), (3, 256))
 
 
 def sharpness(photograph: np.ndarray, retina: np.ndarray) -> float:
