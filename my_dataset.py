@@ -76,23 +76,27 @@ class DriveDataset(Dataset):
         **reading: Any,
     ) -> None:
         training, validated = Split(val_split, fold, train_on_all).divide(root, test_needed=not train)
-        self._read(training if train else validated, transforms, resize_labels=train, **reading)
+        self._read(training if train else validated, transforms, train, **reading)
 
     @classmethod
     def of(
-        cls, files: Sequence[LabelledPhotograph], transforms: Callable | None = None, **reading: Any
+        cls,
+        files: Sequence[LabelledPhotograph],
+        transforms: Callable | None = None,
+        train: bool = False,
+        **reading: Any,
     ) -> "DriveDataset":
-        """These photographs, to validate on or to score; `reading` as above."""
+        """These photographs, to train on or to validate on and to score; `reading` as above."""
         dataset = cls.__new__(cls)
-        dataset._read(files, transforms, resize_labels=False, **reading)
+        dataset._read(files, transforms, train, **reading)
         return dataset
 
     def _read(
         self,
         files: Sequence[LabelledPhotograph],
         transforms: Callable | None,
+        train: bool,
         *,
-        resize_labels: bool,
         num_classes: int = 1,
         fov_diameter: float | None = None,
         scale_of: Callable[[np.ndarray, np.ndarray], float] | None = None,
@@ -130,13 +134,13 @@ class DriveDataset(Dataset):
                 resized = label if of_detail == 1 else _resize_label(label, image.shape[:2])
                 self.details.append((of_detail / scale, image, resized))
             photograph = prepare_at_scale(photograph, retina, scale * zoom, prepare)
-            if scale * zoom != 1 and resize_labels:
+            if scale * zoom != 1 and train:
                 label = _resize_label(label, photograph.shape[:2])
             self.without_border.append(is_rectangle(retina))
             self.scales.append(scale)
             self.images.append(photograph)
             self.labels.append(label)
-            if not resize_labels:
+            if not train:
                 self.classes.append(classes)
                 self.second_observers.append(self._second_observer(item, classes.shape))
 

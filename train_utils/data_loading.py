@@ -29,7 +29,7 @@ from transforms import get_transform
 
 from .command_line import UsageError
 from .distributed_utils import gather_objects, get_rank, get_world_size, is_main_process
-from .settings import evaluation_pixels, fold, roots
+from .settings import evaluation_pixels, training_and_validation
 
 
 def reading(normalization: Normalization, fov_diameter: float | None, num_classes: int) -> dict[str, Any]:
@@ -54,17 +54,14 @@ def open_datasets(args: argparse.Namespace, device: torch.device) -> tuple[Drive
     def seen_by_the_model(_photograph: np.ndarray, field_of_view: np.ndarray) -> float:
         return match_scale(field_of_view_diameter(field_of_view), args.fov_diameter, datasets[0].median_scale())
 
-    for train in (True, False):
+    for train, files in zip((True, False), training_and_validation(args), strict=True):
         transform = get_transform(train, args.mean, args.std, args.base_size, args.crop_size, args.augmentation)
-        data = DriveDataset(
-            roots(args),
-            train,
+        data = DriveDataset.of(
+            files,
             transform,
+            train=train,
             # A size of one's own has one size.
             detail=getattr(transform, "detail", None) if args.base_size is None else None,
-            val_split=args.val_split,
-            fold=fold(args),
-            train_on_all=args.train_on_all,
             scale_of=None if train else seen_by_the_model,
             **reading(normalization, args.fov_diameter, args.num_classes),
         )

@@ -1,12 +1,13 @@
 """The flags that were left open, settled once; and what the settled flags mean."""
 
 import argparse
+import itertools
 
 import torch
 
 from my_dataset import working_diameter
 from src import ARCHITECTURES, BackboneUNet
-from src.dataset_files import Split, find_parts
+from src.dataset_files import LabelledPhotograph, Split, find_parts
 from src.photograph import image_size
 from src.segment import match_scale
 from src.weights import Checkpoint, load_checkpoint
@@ -75,7 +76,7 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
         if args.fov_diameter is None and "selected_on" in checkpoint:  # the tutorial's files do not hold it
             args.fov_diameter = checkpoint["fov_diameter"]
     if args.fov_diameter is None:
-        diameter = working_diameter(split(args).divide(roots(args))[0])
+        diameter = working_diameter(training_and_validation(args)[0])
         args.fov_diameter = _diameter_to_go_on_at(args.init_weights, diameter) if args.init_weights else diameter
     if args.device_data is None:
         args.device_data = all(gather_objects(device.type == "cuda" and _photographs_fit(args, device)))
@@ -188,9 +189,8 @@ def _settle_split(args: argparse.Namespace) -> None:
 def _photographs_fit(args: argparse.Namespace, device: torch.device) -> bool:
     """Whether the photographs take at most a share of the GPU's free memory: three colours and a label each."""
     sizes = 2 if args.augmentation == "any-camera" else 1
-    training, validated = split(args).divide(roots(args))
     size = 0.0
-    for item in (*training, *validated):
+    for item in itertools.chain(*training_and_validation(args)):
         width, height = image_size(item.photograph)
         enlarged = max(args.fov_diameter / min(width, height), 1.0)
         size += 4 * width * height * enlarged**2 * sizes
@@ -228,9 +228,13 @@ def fold(args: argparse.Namespace) -> tuple[int, int] | None:
     return number, folds
 
 
-def split(args: argparse.Namespace) -> Split:
-    """Which photographs the settled flags train on, and which they hold out."""
-    return Split(args.val_split, fold(args), args.train_on_all)
+def training_and_validation(args: argparse.Namespace) -> tuple[list[LabelledPhotograph], list[LabelledPhotograph]]:
+    """The photographs that the settled flags train on, and those that they validate on.
+
+    Raises:
+        DatasetError: as `Split.divide`.
+    """
+    return Split(args.val_split, fold(args), args.train_on_all).divide(roots(args))
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, str | int]:
