@@ -28,7 +28,7 @@ from train_utils.run_folder import own_output_folder, record_run
 from train_utils.scoring import check_what_is_scored, conclude_training, score
 from train_utils.settings import memory_format, model_arguments, settle
 from train_utils.synthetic_drive import write_synthetic_drive
-from train_utils.training_state import TrainingState, load_to_resume
+from train_utils.training_state import TrainingState, load_initial, load_to_resume
 
 # A small U-Net on small synthetic photographs: training and scores in about a minute on two cores.
 DEMO_DEFAULTS = {
@@ -58,10 +58,11 @@ def main(args: argparse.Namespace) -> None:
 
 def run(device: torch.device, args: argparse.Namespace) -> None:
     checkpoint = load_to_resume(args)
-    settle(args, device, checkpoint)
+    initial = load_initial(args, checkpoint)
+    settle(args, device, checkpoint, initial)
     train_data, val_data = open_datasets(args, device)
     files = train_data.files, val_data.files
-    check_what_is_scored(*files, args, checkpoint)
+    check_what_is_scored(*files, args, checkpoint or initial)
     train_loader, val_loaders = make_loaders(train_data, val_data, device, args, drop_last=False)
 
     torch.manual_seed(args.seed)
@@ -69,7 +70,7 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
         model = create_model(**model_arguments(args)).to(device, memory_format=memory_format(args))
     state = TrainingState(model, device, len(train_loader), args, *files, **train_data.what_a_model_knows())
     record = functools.partial(record_run, args, device, *files, checkpoint)
-    best_dice = fit(model, state, train_loader, val_loaders, checkpoint, record)
+    best_dice = fit(model, state, train_loader, val_loaders, checkpoint, initial, record)
     conclude_training(device, args, best_dice)
     if args.demo and val_data.files:
         photograph, roi_mask = val_data.files[0].photograph, val_data.files[0].roi_mask

@@ -62,7 +62,7 @@ from train_utils.memory import keep_freed_memory
 from train_utils.mixed_precision import amp_dtype
 from train_utils.settings import memory_format, model_arguments, settle
 from train_utils.synthetic_drive import write_synthetic_drive
-from train_utils.training_state import TrainingState
+from train_utils.training_state import TrainingState, load_initial
 
 CPU = torch.device("cpu")
 VALIDATED = 3  # photographs, held out of the training ones
@@ -622,7 +622,7 @@ def _answer(kind: type, flags: Sequence[str], connection: Connection) -> None:
 def _settle(flags: Sequence[str]) -> tuple[argparse.Namespace, torch.device]:
     args = train.parse_args(flags)
     device = select_device(args.device)
-    settle(args, device)
+    settle(args, device, initial=load_initial(args))
     return args, device
 
 

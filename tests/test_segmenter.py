@@ -401,7 +401,7 @@ def test_training_goes_on_at_the_size_at_which_the_weights_see_the_photographs(
     """One of far more pixels than they were trained on is seen larger, and so it is trained on."""
     own = {"trained_scale": trained_scale} if trained_scale else {}
     path = save(tmp_path / "weights.pth", make_model(), fov_diameter=540.0, **own)
-    assert settings._diameter_to_go_on_at(str(path), diameter) == pytest.approx(expected)
+    assert settings._diameter_to_go_on_at(load_checkpoint(path), diameter) == pytest.approx(expected)
 
 
 def test_weights_to_start_from_are_checked_with_the_flags(tmp_path, capsys):

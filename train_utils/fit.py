@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from src import BackboneUNet
-from src.weights import Checkpoint, load_checkpoint
+from src.weights import Checkpoint
 
 from .checkpoint import LAST_MODEL, load_backbone_weights
 from .command_line import UsageError
@@ -35,6 +35,7 @@ def fit(
     train_loader: DataLoader,
     val_loaders: Mapping[str, DataLoader],
     checkpoint: Checkpoint | None,
+    initial: Checkpoint | None,
     record: Callable[[], None],
 ) -> float:
     """Train for the remaining epochs by the settled flags in `state.args`; return the best Dice, -1 without any.
@@ -48,6 +49,7 @@ def fit(
         train_loader: of this process.
         val_loaders: of this process, one for each data set by its name; none: nothing is validated.
         checkpoint: to continue from; None: a new run.
+        initial: whose weights a new run starts from; None: random ones, or those of `args.backbone_weights`.
         record: called when nothing stands in the way of the first epoch.
 
     Raises:
@@ -61,7 +63,7 @@ def fit(
     if args.compile:
         model = torch.compile(model)  # checkpoints and evaluation are of state.model
     on_main_process(make_output_folder, ".", "the working directory (for the results files)")
-    _resume_or_pretrain(state, val_loaders, checkpoint)
+    _resume_or_pretrain(state, val_loaders, checkpoint, initial)
     tensorboard = TensorBoardLog(args.output_dir, first_epoch=state.epoch) if args.tensorboard else None
     record()
     recorded = RecordedSteps(state.model.parameters()) if args.cuda_graphs else None
@@ -159,7 +161,10 @@ def _validate(state: TrainingState, val_loaders: Mapping[str, DataLoader]) -> tu
 
 
 def _resume_or_pretrain(
-    state: TrainingState, val_loaders: Mapping[str, DataLoader], checkpoint: Checkpoint | None
+    state: TrainingState,
+    val_loaders: Mapping[str, DataLoader],
+    checkpoint: Checkpoint | None,
+    initial: Checkpoint | None,
 ) -> None:
     args = state.args
     if checkpoint is not None:
@@ -178,8 +183,8 @@ def _resume_or_pretrain(
                 state.best_dice = _validate(state, val_loaders)[1] if val_loaders else -1.0
     elif state.epoch >= args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch}: leaves nothing of --epochs {args.epochs}; lower it")
-    elif args.init_weights:
-        state.start_from(load_checkpoint(args.init_weights))
+    elif initial is not None:
+        state.start_from(initial)
     elif args.backbone_weights:
         _pretrain_backbone(state.model, args.backbone_weights)
 

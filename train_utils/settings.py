@@ -10,7 +10,7 @@ from src import ARCHITECTURES, BackboneUNet
 from src.dataset_files import LabelledPhotograph, Split, find_parts
 from src.photograph import image_size
 from src.segment import match_scale
-from src.weights import Checkpoint, load_checkpoint
+from src.weights import Checkpoint
 
 from .command_line import UsageError
 from .distributed_utils import (
@@ -26,13 +26,19 @@ from .mixed_precision import settle_amp
 MOBILENET_STRIDE = 32  # pixels along a side for one of the deepest features
 
 
-def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoint | None = None) -> None:
+def settle(
+    args: argparse.Namespace,
+    device: torch.device,
+    checkpoint: Checkpoint | None = None,
+    initial: Checkpoint | None = None,
+) -> None:
     """Settle every flag of `add_training_flags` that was left open; from here on `args` is only read.
 
     Args:
         args: of `init_distributed_mode` in many processes, else as parsed.
         device: to train on.
         checkpoint: that training goes on from.
+        initial: whose weights a new run starts from.
 
     Raises:
         UsageError: a flag cannot work here.
@@ -77,7 +83,7 @@ def settle(args: argparse.Namespace, device: torch.device, checkpoint: Checkpoin
             args.fov_diameter = checkpoint["fov_diameter"]
     if args.fov_diameter is None:
         diameter = working_diameter(training_and_validation(args)[0])
-        args.fov_diameter = _diameter_to_go_on_at(args.init_weights, diameter) if args.init_weights else diameter
+        args.fov_diameter = diameter if initial is None else _diameter_to_go_on_at(initial, diameter)
     if args.device_data is None:
         args.device_data = all(gather_objects(device.type == "cuda" and _photographs_fit(args, device)))
     if args.device_data:
@@ -122,9 +128,8 @@ def require_two_classes_for_threshold(classes: int, threshold: float | str) -> N
         raise UsageError(f"--threshold {threshold}: has no meaning for {classes} classes; leave it out")
 
 
-def _diameter_to_go_on_at(weights: str, diameter: float) -> float:
+def _diameter_to_go_on_at(checkpoint: Checkpoint, diameter: float) -> float:
     """The working diameter of weights, for photographs of a diameter; larger where they see these larger."""
-    checkpoint = load_checkpoint(weights)
     plain, seen = (
         match_scale(diameter, checkpoint["fov_diameter"], trained_scale)
         for trained_scale in (None, checkpoint.get("trained_scale"))

@@ -377,6 +377,15 @@ def load_to_resume(args: argparse.Namespace) -> Checkpoint | None:
     return on_main_process(_load, Path(args.resume))
 
 
+def load_initial(args: argparse.Namespace, checkpoint: Checkpoint | None = None) -> Checkpoint | None:
+    """The checkpoint of `--init-weights`, unless training goes on from another one; the main process reads it.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
+    return on_main_process(load_checkpoint, args.init_weights) if args.init_weights and checkpoint is None else None
+
+
 def _load(path: Path) -> Checkpoint:
     checkpoint = load_checkpoint(path)
     for key in ("optimizer", "epoch"):

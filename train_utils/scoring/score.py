@@ -148,7 +148,7 @@ def check_what_is_scored(
     Args:
         trained_on, validated_on: the photographs of the training.
         args: the settled flags.
-        checkpoint: that training goes on from.
+        checkpoint: that training goes on from, or whose weights it starts from.
 
     Raises:
         DatasetError: a file cannot be used, or nothing is left to score.
@@ -156,8 +156,7 @@ def check_what_is_scored(
     _require_other_folder([*trained_on, *validated_on], args)
     if args.train_on_all:
         return
-    before = load_checkpoint(args.init_weights) if args.init_weights and checkpoint is None else checkpoint or {}
-    digests, digests_before = [item.digest for item in trained_on], before.get("trained_on", [])
+    digests, digests_before = [item.digest for item in trained_on], (checkpoint or {}).get("trained_on", [])
     if not {item.digest for item in validated_on} & set(digests_before):  # else TrainingState refuses them
         digests += digests_before
     files = _files_to_score(args, {"trained_on": digests})
