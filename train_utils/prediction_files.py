@@ -122,34 +122,52 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
     """
     single = len(photographs) == 1
     output = Path(args.output or (RESULT if single and not args.report else FOLDER))
-    looks_like_a_file = output.suffix.lower() in IMAGE_SUFFIXES and not os.path.isdir(output)
-    if looks_like_a_file and not single:
-        raise UsageError(f"--output {output}: is one file, but there are {len(photographs)} photographs; name a folder")
-    if looks_like_a_file and output.suffix.lower() != ".png":
-        raise UsageError(f"--output {output}: masks are written as PNG; name it {output.with_suffix('.png')}")
-    if looks_like_a_file and args.report:
-        raise UsageError(f"--report: needs a folder, but --output {output} is one file; name a folder")
-    masks = [output] if looks_like_a_file else [output / f"{name}_vessels.png" for name in output_names(photographs)]
+    is_file = output.suffix.lower() in IMAGE_SUFFIXES and not os.path.isdir(output)
+    if is_file:
+        _require_one_png(output, len(photographs), args)
+    table = None if is_file else output / TABLE
+    masks = [output] if is_file else [output / f"{name}_vessels.png" for name in output_names(photographs)]
 
     inputs = (*photographs, args.weights, *_roi_masks(Path(args.roi_mask or "auto")))
     written = [path for mask in masks for path in _all_pictures(mask)]  # or removed
-    if not looks_like_a_file:
-        written += [output / TABLE, output / REPORT]
+    written += [] if is_file else [table, output / REPORT]
     require_no_input(written, inputs, f"--output {output}")
-    if looks_like_a_file:
-        if tells_of(output.parent / TABLE, output):
-            raise UsageError(
-                f"--output {output}: the {TABLE} beside it tells of the mask of this name; give its folder, "
-                f"{output.parent}, or choose another name"
-            )
-        if _is_mask(output) is False:
-            raise UsageError(f"--output {output}: would overwrite a picture that is no mask; choose another name")
-        if not args.overwrite and not os.path.lexists(output):
-            there = [path for path in picture_paths(output, args) if os.path.lexists(path)]
-            _require_none(there, f"--output {output}", "no mask that tells of it")
-        elif not args.overwrite and output.name != RESULT:  # which the tutorial's program wrote, too
-            require_no_others([(output, False)], args)
-        return None, masks
+    if is_file:
+        _require_replaceable(output, args)
+    else:
+        _require_own_folder(output, photographs, masks, args)
+    return table, masks
+
+
+def _require_one_png(output: Path, photographs: int, args: argparse.Namespace) -> None:
+    if photographs > 1:
+        raise UsageError(f"--output {output}: is one file, but there are {photographs} photographs; name a folder")
+    if output.suffix.lower() != ".png":
+        raise UsageError(f"--output {output}: masks are written as PNG; name it {output.with_suffix('.png')}")
+    if args.report:
+        raise UsageError(f"--report: needs a folder, but --output {output} is one file; name a folder")
+
+
+def _require_replaceable(output: Path, args: argparse.Namespace) -> None:
+    """Check that the file of a single mask, and what is beside it, may be written."""
+    if tells_of(output.parent / TABLE, output):
+        raise UsageError(
+            f"--output {output}: the {TABLE} beside it tells of the mask of this name; give its folder, "
+            f"{output.parent}, or choose another name"
+        )
+    if _is_mask(output) is False:
+        raise UsageError(f"--output {output}: would overwrite a picture that is no mask; choose another name")
+    if not args.overwrite and not os.path.lexists(output):
+        there = [path for path in picture_paths(output, args) if os.path.lexists(path)]
+        _require_none(there, f"--output {output}", "no mask that tells of it")
+    elif not args.overwrite and output.name != RESULT:  # which the tutorial's program wrote, too
+        require_no_others([(output, False)], args)
+
+
+def _require_own_folder(
+    output: Path, photographs: Sequence[Path], masks: Sequence[Path], args: argparse.Namespace
+) -> None:
+    """Check that the folder of the masks holds none of the photographs, and no pictures of which no table tells."""
     folders = {os.path.realpath(folder) for folder in (output, *([output / THUMBNAILS] if args.report else []))}
     if any(os.path.realpath(path.parent) in folders for path in photographs):
         raise UsageError(
@@ -159,7 +177,6 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
     if not args.overwrite and not os.path.exists(output / TABLE):
         there = [path for mask in masks for path in picture_paths(mask, args) if os.path.lexists(path)]
         _require_none(there, f"--output {output}", f"no {TABLE} tells of it")
-    return output / TABLE, masks
 
 
 def _roi_masks(path: Path) -> list[Path]:
