@@ -47,7 +47,7 @@ ONE_SIZE = (1.0,)  # the working size alone
 _THREADS, _NETWORKS = torch.get_num_threads(), Places(2)
 
 Flip = tuple[int, ...]  # dimensions of [C, H, W] to mirror
-View = tuple[int, int, Flip]  # row and column of a tile, and its flip
+FlippedTile = tuple[int, int, Flip]  # row and column of a tile, and its flip
 Crop = Callable[[slice, slice], Tensor]  # rows and columns of an image -> the normalised part
 
 
@@ -337,12 +337,12 @@ def _blend(
     blended = None
     if votes is not None:
         votes.count, votes.views = torch.zeros(*size), len(turns)
-    for views in _batches(rows, columns, turns, batch_size):
-        images = [crop(rows[row][0], columns[column][0]).flip(flip) for row, column, flip in views]
+    for batch in _batches(rows, columns, turns, batch_size):
+        images = [crop(rows[row][0], columns[column][0]).flip(flip) for row, column, flip in batch]
         probabilities = _forward(model, torch.stack(images), amp_dtype)  # [N, C - 1, h, w]
         if blended is None:
             blended = probabilities.new_zeros(probabilities.shape[1], *size)
-        for (row, column, flip), probability in zip(views, probabilities, strict=True):
+        for (row, column, flip), probability in zip(batch, probabilities, strict=True):
             (vertical, row_weight), (horizontal, column_weight) = rows[row], columns[column]
             probability = probability.flip(flip)
             blended[:, vertical, horizontal] += probability * row_weight[:, None] * column_weight
@@ -372,14 +372,15 @@ def _overlapping_spans(length: int, tile: int) -> list[tuple[slice, Tensor]]:
     return [(span, share[span]) for share, span in zip(shares, spans, strict=True)]
 
 
-def _batches(rows: list, columns: list, turns: Sequence[Flip], batch_size: int) -> Iterator[list[View]]:
+def _batches(rows: list, columns: list, turns: Sequence[Flip], batch_size: int) -> Iterator[list[FlippedTile]]:
     """All tiles in all flips; the tiles of a batch have the same shape."""
 
-    def shape(view: View) -> tuple[int, int]:
-        return len(rows[view[0]][1]), len(columns[view[1]][1])
+    def shape(tile: FlippedTile) -> tuple[int, int]:
+        row, column, _ = tile
+        return len(rows[row][1]), len(columns[column][1])
 
-    views = sorted(itertools.product(range(len(rows)), range(len(columns)), turns), key=shape)
-    for _, alike in itertools.groupby(views, key=shape):
+    tiles = sorted(itertools.product(range(len(rows)), range(len(columns)), turns), key=shape)
+    for _, alike in itertools.groupby(tiles, key=shape):
         while batch := list(itertools.islice(alike, batch_size)):
             yield batch
 
