@@ -98,8 +98,9 @@ def score_weights(path: str | Path, device: torch.device, args: argparse.Namespa
         checkpoint["fov_diameter"] = args.fov_diameter or checkpoint["fov_diameter"]
     prepared_as_stored = preparation == _preparation(checkpoint)
     files = _files_to_score(args, checkpoint)
-    how = _how_to_measure(checkpoint, args)
-    seen_as_stored = (how["tta"], tuple(how["scales"])) == _views(checkpoint)
+    require_use_of_scales(args, checkpoint)
+    how = _how_to_measure(checkpoint, args.tta, args.tta_scales)
+    seen_as_stored = how == _how_to_measure(checkpoint)
     smaller = "use --device cpu" if device.type != "cpu" else "name fewer or smaller photographs by --data-path"
     with explain_out_of_memory(smaller):
         model = build_model(checkpoint, device)
@@ -289,22 +290,13 @@ def _preparation(checkpoint: Checkpoint) -> tuple[Any, ...]:
     return tuple(checkpoint.get(name) for name in ("mean", "std", "normalization", "fov_diameter"))
 
 
-def _views(checkpoint: Checkpoint) -> tuple[bool, tuple[float, ...]]:
-    """Whether predictions with these weights are means over views, and over which."""
-    tta = checkpoint.get("tta", False)
-    return tta, tuple(checkpoint.get("tta_scales", ONE_SIZE)) if tta else ONE_SIZE
-
-
-def _how_to_measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
-    """The keywords of `measure`: by the flags, else as the checkpoint says.
-
-    Raises:
-        UsageError: `--tta-scales` is given without `--tta`.
-    """
-    require_use_of_scales(args, checkpoint)
-    tta = checkpoint.get("tta", False) if args.tta is None else args.tta
-    scales = args.tta_scales or checkpoint.get("tta_scales", ONE_SIZE)
-    return {"tta": tta, "scales": scales if tta else ONE_SIZE, "trained_scale": checkpoint.get("trained_scale")}
+def _how_to_measure(
+    checkpoint: Checkpoint, tta: bool | None = None, scales: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """The keywords of `measure`: by these flags, else as the checkpoint says."""
+    tta = checkpoint.get("tta", False) if tta is None else tta
+    scales = (scales or checkpoint.get("tta_scales", ONE_SIZE)) if tta else ONE_SIZE
+    return {"tta": tta, "scales": list(scales), "trained_scale": checkpoint.get("trained_scale")}
 
 
 def _open(
@@ -398,7 +390,7 @@ def _settle_threshold(
         return Threshold(checkpoint["threshold"], f"auto: as the weights store it{other}"), {}
     value = best_threshold(model, _open(files, model, checkpoint, how), device, **how)
     to_store = {"threshold_held_out": held_out, "tta": how["tta"]}
-    to_store |= {"tta_scales": list(how["scales"])} if how["tta"] else {}
+    to_store |= {"tta_scales": how["scales"]} if how["tta"] else {}
     origin = f"auto: best Dice on {describe(files) if held_out else 'training'} photographs"
     chosen_on = {item.digest for item in files}
     if same := sum(item.digest in chosen_on for item in scored):
