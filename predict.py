@@ -56,7 +56,7 @@ from train_utils.prediction_files import (
     write_pictures,
 )
 from train_utils.prediction_report import REPORT, THUMBNAILS, write_report
-from train_utils.prediction_table import COLUMNS, DIGESTS, FACTS, PredictionTable, Row, digest, escaped, printable
+from train_utils.prediction_table import COLUMNS, DIGESTS, FACTS, PredictionTable, Row, digest_of, escaped, printable
 
 TRAINED = Path("save_weights", "best_model.pth")
 AT_ONCE = 2  # photographs that are worked on at once
@@ -126,7 +126,7 @@ def segment_all(
     Each has half of the threads. One alone has all of them, and then sums are rounded otherwise: of the probabilities
     of a photograph of 8 megapixels, as 16 bits, one in 40 thousand differs by 1.
     """
-    settings = digest(Path(args.weights), describe_settings(args).encode())
+    settings = digest_of(Path(args.weights), describe_settings(args).encode())
     jobs = [(path, mask, rows.former(mask)) for path, mask in zip(photographs, masks, strict=True)]
     if rows.path is not None and not args.overwrite:
         require_no_others([(mask, former is not None) for _, mask, former in jobs], args)
@@ -256,7 +256,7 @@ def digests(path: Path, settings: str, args: argparse.Namespace) -> Row:
         require_file(file)
     try:
         parts = [settings.encode(), *([roi_mask] if roi_mask else [str(args.roi_mask).encode()])]
-        return {"photograph_digest": digest(path), "settings_digest": digest(*parts)}
+        return {"photograph_digest": digest_of(path), "settings_digest": digest_of(*parts)}
     except OSError as error:
         raise PhotographError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
 

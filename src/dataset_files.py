@@ -53,8 +53,7 @@ class LabelledPhotograph:
         Raises:
             DatasetError: the file cannot be read.
         """
-        require_file(self.photograph)
-        return _digest(self.photograph, self.photograph.stat().st_mtime_ns)
+        return _digest_of_file(self.photograph)
 
     @property
     def label_digest(self) -> str:
@@ -63,14 +62,16 @@ class LabelledPhotograph:
         Raises:
             DatasetError: a file cannot be read.
         """
-        files = [self.label, *([self.roi_mask] if self.roi_mask else [])]
-        for file in files:
-            require_file(file)
-        return "".join(_digest(file, file.stat().st_mtime_ns) for file in files)
+        return "".join(_digest_of_file(file) for file in (self.label, self.roi_mask) if file is not None)
+
+
+def _digest_of_file(path: Path) -> str:
+    require_file(path)
+    return _read_digest(path, path.stat().st_mtime_ns)
 
 
 @cache
-def _digest(path: Path, modified: int) -> str:
+def _read_digest(path: Path, modified: int) -> str:  # a file that was modified is read again
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except OSError as error:

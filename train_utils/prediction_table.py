@@ -153,7 +153,7 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else rf"\U{ord(character):08x}" for character in text)
 
 
-def digest(*parts: bytes | Path) -> str:
+def digest_of(*parts: bytes | Path) -> str:
     """Sixteen hexadecimal digits of the SHA-256 of some bytes, and of the contents of files.
 
     Raises:

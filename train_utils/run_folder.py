@@ -124,7 +124,7 @@ def _record_run(
             "folders": [str(Path(root).absolute()) for root in roots(args)],
             "trained_on": len(trained_on),
             "validated_on": len(validated_on),
-            "digest": _digest(trained_on, validated_on),
+            "digest": _digest_of_data(trained_on, validated_on),
         },
         "git_commit": git_commit(),
         "versions": {
@@ -146,7 +146,7 @@ def _record_run(
             remove(replaced)
 
 
-def _digest(*parts: Sequence[LabelledPhotograph]) -> str:
+def _digest_of_data(*parts: Sequence[LabelledPhotograph]) -> str:
     """One SHA-256 over the digests of photographs and their labels, whatever their order in each part."""
     digests = [sorted(f"{item.digest} {item.label_digest}" for item in part) for part in parts]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

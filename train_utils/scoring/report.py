@@ -247,7 +247,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
 
 
-def write_report(report: dict[str, Any], measurement: Measurement, folder: Path) -> None:
+def write_scores(report: dict[str, Any], measurement: Measurement, folder: Path) -> None:
     """Write scores.json, scores.csv (a row for each photograph) and scores.png.
 
     Raises:

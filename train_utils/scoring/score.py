@@ -36,7 +36,7 @@ from ..normalization import settle_normalization
 from ..settings import fold, require_two_classes_for_threshold, require_use_of_scales, roots
 from .curves import curves
 from .measure import Measurement, best_threshold, measure, measure_masks
-from .report import Origin, Threshold, format_report, make_report, write_report
+from .report import Origin, Threshold, format_report, make_report, write_scores
 
 
 def score(device: torch.device, args: argparse.Namespace) -> None:
@@ -203,7 +203,7 @@ def _report(measurement: Measurement, origin: Origin, args: argparse.Namespace) 
 
 def _write_and_print(measurement: Measurement, origin: Origin, folder: Path) -> None:
     report = make_report(measurement, origin)
-    write_report(report, measurement, folder)
+    write_scores(report, measurement, folder)
     print(f"scores.json, scores.csv and scores.png are in {folder}")
     print(format_report(report, measurement), flush=True)
 
