@@ -178,6 +178,7 @@ class SeededDataset(Dataset):
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
+        self.collate_fn = dataset.collate_fn
 
     def __getitem__(self, index_and_seed: tuple[int, int]) -> Any:
         index, seed = index_and_seed
@@ -254,15 +255,9 @@ def training_loader(
     is drawn equally often; without it, each photograph.
     """
     groups = [item.root if equal else None for item in dataset.files]
-    return DataLoader(
-        SeededDataset(dataset),
-        batch_size=batch_size,
-        sampler=TrainingSampler(groups, seed, steps and steps * batch_size),
-        num_workers=_useful(workers),
-        collate_fn=dataset.collate_fn,
-        drop_last=drop_last,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
+    sampler = TrainingSampler(groups, seed, steps and steps * batch_size)
+    return _loader(
+        SeededDataset(dataset), workers, pin_memory, batch_size=batch_size, sampler=sampler, drop_last=drop_last
     )
 
 
@@ -275,16 +270,19 @@ def evaluation_loader(
     """
     share = range(get_rank(), len(dataset), get_world_size())
     if batch_pixels is None:
-        batches = {"batch_size": 1, "sampler": share}
-    else:
-        batches = {"batch_sampler": _of_one_size(share, dataset, batch_pixels)}
+        return _loader(dataset, workers, pin_memory, batch_size=1, sampler=share)
+    return _loader(dataset, workers, pin_memory, batch_sampler=_of_one_size(share, dataset, batch_pixels))
+
+
+def _loader(dataset: Dataset, workers: int, pin_memory: bool, **batches: Any) -> DataLoader:
     return DataLoader(
         dataset,
-        **batches,
-        num_workers=_useful(workers),
+        # More processes than cores only wait for each other (and PyTorch warns); what they load is the same anyway.
+        num_workers=min(workers, os.cpu_count() or 1),
         collate_fn=dataset.collate_fn,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        **batches,
     )
 
 
@@ -297,11 +295,6 @@ def _of_one_size(share: Iterable[int], dataset: DriveDataset, batch_pixels: int)
         count = math.ceil(len(indices) / max(batch_pixels // (height * width), 1))
         batches += [indices[first::count] for first in range(count)]
     return batches
-
-
-def _useful(workers: int) -> int:
-    # More processes than cores only wait for each other (and PyTorch warns); what they load is the same anyway.
-    return min(workers, os.cpu_count() or 1)
 
 
 def default_workers(device: torch.device, batch_size: int) -> int:
