@@ -91,8 +91,6 @@ class TrainingState:
         self.epoch = args.start_epoch
         self.best_dice: float | None = -1.0  # the first epoch is always an improvement
         self.compared_from = 0  # the first epoch whose Dice is on these photographs to validate on
-        self.new_photographs = 0  # how many of those trained on a checkpoint does not know
-        self.other_training_labels = False  # whether a checkpoint was trained on others
         self.other_photographs = False  # whether a checkpoint's Dice is on others
         self.results = ResultsFiles()
         self.saved_in: str | None = None  # the file that holds the state before the epoch to come
@@ -197,7 +195,7 @@ class TrainingState:
         same_folder = os.path.realpath(Path(checkpoint["path"]).parent) == os.path.realpath(args.output_dir)
         self.results.resume(checkpoint.get("results") if same_folder else None, checkpoint.get("history", []))
         self._start_schedule()
-        self._report_changes(checkpoint["args"])
+        self._report_changed_flags(checkpoint["args"])
 
     def _count_as_trained_on(self, checkpoint: Checkpoint) -> None:
         if any(item.part == "training" for item in self._held_out):
@@ -213,9 +211,8 @@ class TrainingState:
         self.trained_on += [digest for digest in before if digest not in self.trained_on]
 
     def _take_over_photographs(self, checkpoint: Checkpoint) -> None:
-        self.new_photographs = len(set(self.trained_on) - set(checkpoint.get("trained_on", self.trained_on)))
-        before = checkpoint.get("trained_labels", self.trained_labels)
-        self.other_training_labels = sorted(before) != sorted(self.trained_labels)
+        new_photographs = len(set(self.trained_on) - set(checkpoint.get("trained_on", self.trained_on)))
+        other_labels = sorted(checkpoint.get("trained_labels", self.trained_labels)) != sorted(self.trained_labels)
         self._count_as_trained_on(checkpoint)
         # A Dice on other photographs or labels cannot be compared with those of the next epochs.
         self.other_photographs = (
@@ -225,6 +222,17 @@ class TrainingState:
         ) or sorted(checkpoint.get("validated_labels", self.validated_labels)) != sorted(self.validated_labels)
         self.compared_from = self.epoch if self.other_photographs else checkpoint.get("compared_from", 0)
         self.best_dice = None if self.other_photographs else checkpoint.get("best_dice")
+        if not is_main_process():
+            return
+        if new_photographs:
+            print(f"changed since the checkpoint: {new_photographs} of the training photographs are new")
+        elif other_labels:
+            print("changed since the checkpoint: labels of the training, or photographs were taken out of it")
+        if self.other_photographs and self.epoch < self.args.epochs:
+            print(
+                "changed since the checkpoint: the photographs that are held out, or their labels; the best epoch is "
+                f"chosen anew, from epoch {self.epoch - 1} on"
+            )
 
     def _restore_optimizer(self, checkpoint: Checkpoint) -> None:
         # The settings follow from the flags. `fused` must be right before loading: it decides on which device AdamW
@@ -247,7 +255,7 @@ class TrainingState:
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     state[name] = torch.empty_like(parameter).copy_(value)
 
-    def _report_changes(self, before: dict[str, Any]) -> None:
+    def _report_changed_flags(self, before: dict[str, Any]) -> None:
         # Flags that the file does not name had their defaults: the run is older than the flag, or the tutorial's.
         # (Its working diameter was not recorded, but follows from the same photographs.)
         # One whose default is open was settled in a way that is not known.
@@ -259,15 +267,6 @@ class TrainingState:
             for name, value in (of_one_process | vars(self.args)).items()
             if name not in UNREPORTED and name in before and before[name] != value
         ]
-        if self.new_photographs and is_main_process():
-            print(f"changed since the checkpoint: {self.new_photographs} of the training photographs are new")
-        elif self.other_training_labels and is_main_process():
-            print("changed since the checkpoint: labels of the training, or photographs were taken out of it")
-        if self.other_photographs and self.epoch < self.args.epochs and is_main_process():
-            print(
-                "changed since the checkpoint: the photographs that are held out, or their labels; the best epoch is "
-                f"chosen anew, from epoch {self.epoch - 1} on"
-            )
         if changed and is_main_process():
             print(
                 f"changed since the checkpoint: {', '.join(changed)}; the schedule is made anew from epoch {self.epoch}"
