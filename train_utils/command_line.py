@@ -1,4 +1,4 @@
-"""The parts that all command lines share: flag types, the device, and errors as one line."""
+"""The parts that all command lines share: flag types, the device, files in messages, errors as one line."""
 
 import argparse
 import errno
@@ -8,7 +8,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -122,6 +123,11 @@ def add_switch(flags: Flags, *names: str, default: bool | None, help: str) -> No
     flags.add_argument(
         *negations, dest=action.dest, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
+
+
+def first_of(files: Sequence[Path]) -> str:
+    """The first of some files in a message, with a sign that there are more."""
+    return f"{files[0]}, ..." if len(files) > 1 else str(files[0])
 
 
 def select_device(name: str, index: int = 0) -> torch.device:

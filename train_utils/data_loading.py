@@ -27,7 +27,7 @@ from src.photograph import is_turned
 from src.segment import match_scale
 from transforms import get_transform
 
-from .command_line import UsageError
+from .command_line import UsageError, first_of
 from .distributed_utils import gather_objects, get_rank, get_world_size, is_main_process
 from .settings import evaluation_pixels, training_and_validation
 
@@ -101,11 +101,11 @@ def _on_device(data: DriveDataset, device: torch.device) -> DriveDataset:
 
 def tell_of_missing_roi_masks(datasets: Sequence[DriveDataset]) -> None:
     """Say how many photographs have no ROI mask, if any."""
-    without = [item for data in datasets for item in data.files if item.roi_mask is None]
+    without = [item.photograph for data in datasets for item in data.files if item.roi_mask is None]
     if without:
         print(
-            f"{len(without)} of {sum(map(len, datasets))} photographs have no ROI mask ({without[0].photograph}"
-            f"{', ...' if len(without) > 1 else ''}): their fields of view are found in the photographs"
+            f"{len(without)} of {sum(map(len, datasets))} photographs have no ROI mask ({first_of(without)}): their "
+            "fields of view are found in the photographs"
         )
 
 
@@ -120,14 +120,14 @@ def warn_of_labels(datasets: Iterable[DriveDataset]) -> None:
     if turned:
         print(
             f"warning: the EXIF orientation turns {len(turned)} photographs and not their labels, which is right if "
-            f"the labels were drawn on the turned ones ({turned[0]}{', ...' if len(turned) > 1 else ''})"
+            f"the labels were drawn on the turned ones ({first_of(turned)})"
         )
     outside = [share for data in datasets for share in data.shares_outside]
     inverted = [item.roi_mask for item, share in zip(files, outside, strict=True) if item.roi_mask and share > 0.9]
     if inverted:
         print(
             f"warning: nearly all vessels of {len(inverted)} labels lie outside the ROI mask, as if its black and "
-            f"white were exchanged ({inverted[0]}{', ...' if len(inverted) > 1 else ''})"
+            f"white were exchanged ({first_of(inverted)})"
         )
     shares = [share for data in datasets for share in data.vessel_shares()]
     for root, name in root_names(files).items():
@@ -138,7 +138,7 @@ def warn_of_labels(datasets: Iterable[DriveDataset]) -> None:
             print(
                 f"warning: of the {len(labels)} labels of {name}, {len(empty)} have no vessels, and {len(full)} have "
                 f"vessels in more than half of the field of view, as if black and white were exchanged "
-                f"({(full or empty)[0]}{', ...' if len(empty + full) > 1 else ''})"
+                f"({first_of(full + empty)})"
             )
 
 

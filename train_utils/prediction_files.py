@@ -27,7 +27,7 @@ from src.photograph import (
 )
 from src.segment import probabilities_in_parts
 
-from .command_line import UsageError
+from .command_line import UsageError, first_of
 from .files import remove, require_no_input, write_picture
 from .prediction_report import REPORT, THUMBNAILS, thumbnail_paths, write_thumbnail
 from .prediction_table import TABLE, tells_of
@@ -72,7 +72,8 @@ def find_photographs(args: argparse.Namespace) -> list[Path]:
             written = _is_mask(file) is True
         else:
             written = file.parent.name == THUMBNAILS
-        left_out.extend([file] if written else [])
+        if written:
+            left_out.append(file)
         return written
 
     try:
@@ -80,15 +81,15 @@ def find_photographs(args: argparse.Namespace) -> list[Path]:
     finally:
         if left_out:
             print(
-                f"--image: left out {len(left_out)} pictures that this program wrote ({left_out[0]}"
-                f"{', ...' if len(left_out) > 1 else ''}); name them as files to take them for photographs"
+                f"--image: left out {len(left_out)} pictures that this program wrote ({first_of(left_out)}); name "
+                "them as files to take them for photographs"
             )
         folders = [Path(name) for name in args.image if os.path.isdir(name)]
         unread = [file for folder in folders for file in images_in(folder, args.recursive, UNREAD_SUFFIXES)]
         if unread:
             print(
-                f"warning: --image: passed over {len(unread)} pictures of kinds that are not read ({unread[0]}"
-                f"{', ...' if len(unread) > 1 else ''}); save them as PNG or TIFF"
+                f"warning: --image: passed over {len(unread)} pictures of kinds that are not read "
+                f"({first_of(unread)}); save them as PNG or TIFF"
             )
 
 

@@ -27,7 +27,7 @@ from src.weights import Checkpoint, CheckpointError, build_model, load_checkpoin
 from transforms import get_transform
 
 from ..checkpoint import BEST_MODEL, LAST_MODEL, add_to_checkpoint, warn_of_unknown_training
-from ..command_line import UsageError
+from ..command_line import UsageError, first_of
 from ..data_loading import reading, require_classes, tell_of_missing_roi_masks, warn_of_labels
 from ..distributed_utils import is_main_process, on_main_process
 from ..files import OutputError, sha256_of, write_picture
@@ -331,11 +331,11 @@ def _files_to_score(args: argparse.Namespace, checkpoint: Checkpoint | None = No
         warn_of_unknown_training(checkpoint)
     trained_on = set(checkpoint.get("trained_on", ())) if checkpoint else set()
     left = [item for item in files if item.digest not in trained_on]
-    trained_too = [item for item in files if item.part == "test" and item.digest in trained_on]
+    trained_too = [item.photograph for item in files if item.part == "test" and item.digest in trained_on]
     if trained_too and left and is_main_process():
         print(
             f"warning: {len(trained_too)} of the test photographs are not scored, as the weights were trained on them "
-            f"({trained_too[0].photograph}{', ...' if len(trained_too) > 1 else ''})"
+            f"({first_of(trained_too)})"
         )
     if not left:
         raise DatasetError(
