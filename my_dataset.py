@@ -118,7 +118,7 @@ class DriveDataset(Dataset):
         self.second_observers: list[np.ndarray | None] = []  # vessels, bool [H, W] each
         self.faults: list[str] = []  # of files of second observers, which are left out
         for item in self.files:
-            photograph, classes, field_of_view = _read_photograph(item, num_classes)
+            photograph, classes, field_of_view = _read_item(item, num_classes)
             retina = field_of_view if item.roi_mask is None else whole_retina(field_of_view, photograph)
             label = np.where(field_of_view, classes, OUTSIDE).astype(np.uint8)
             vessels = (classes != BACKGROUND) & (classes != OUTSIDE)
@@ -301,7 +301,7 @@ def read_field_of_view(item: LabelledPhotograph, photograph: np.ndarray | None =
     return field_of_view
 
 
-def _read_photograph(item: LabelledPhotograph, num_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _read_item(item: LabelledPhotograph, num_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A photograph, uint8 [H, W, 3], its classes, uint8 [H, W], and its field of view, bool [H, W]."""
     photograph = read_photograph(item.photograph)
     if looks_like_mask(photograph):

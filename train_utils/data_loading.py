@@ -209,7 +209,7 @@ class TrainingSampler(Sampler):
         self.epoch = 0
         self.rank, self.world_size = get_rank(), get_world_size()
         self.samples = samples or -(-len(groups) // self.world_size)
-        self.repeats = samples is None and len(self.groups) == 1  # where the processes do not divide the samples
+        self.repeats = samples is None and len(self.groups) == 1  # the first, where the processes do not divide them
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

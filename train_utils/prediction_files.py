@@ -191,7 +191,8 @@ def require_no_others(masks: Iterable[tuple[Path, bool]], args: argparse.Namespa
     """Check that no picture that is to be written replaces one that this program did not write.
 
     Args:
-        masks: with each, whether a table tells of it. Then it may be kept, changed as it is, with what is beside it.
+        masks: each with whether a table tells of it. Such a mask that another program changed is passed over, with the
+            pictures beside it: whether it is kept or refused is found when its turn comes.
 
     Raises:
         UsageError: one would be replaced.

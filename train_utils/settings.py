@@ -32,7 +32,9 @@ def settle(
     checkpoint: Checkpoint | None = None,
     initial: Checkpoint | None = None,
 ) -> None:
-    """Settle every flag of `add_training_flags` that was left open; from here on `args` is only read.
+    """Settle the flags of `add_training_flags` that were left open; from here on `args` is only read.
+
+    `val_split` stays None where each of several data sets has a default of its own.
 
     Args:
         args: of `init_distributed_mode` in many processes, else as parsed.
