@@ -11,7 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +38,7 @@ from train_utils.command_line import (
 from train_utils.export import export_onnx
 from train_utils.files import make_output_folder, remove
 from train_utils.in_order import in_order
+from train_utils.lock import FolderLock
 from train_utils.memory import memory_for
 from train_utils.mixed_precision import add_amp_flags, amp_dtype, settle_amp
 from train_utils.normalization import add_normalization_flags, settle_normalization
@@ -47,6 +48,7 @@ from train_utils.prediction_files import (
     facts,
     find_photographs,
     is_own,
+    lock_path,
     picture_paths,
     plan_outputs,
     progress_line,
@@ -56,7 +58,17 @@ from train_utils.prediction_files import (
     write_pictures,
 )
 from train_utils.prediction_report import REPORT, THUMBNAILS, write_report
-from train_utils.prediction_table import COLUMNS, DIGESTS, FACTS, PredictionTable, Row, digest_of, escaped, printable
+from train_utils.prediction_table import (
+    COLUMNS,
+    DIGESTS,
+    FACTS,
+    PredictionTable,
+    Row,
+    digest_of,
+    escaped,
+    printable,
+    whole_path,
+)
 
 TRAINED = Path("save_weights", "best_model.pth")
 AT_ONCE = 2  # photographs that are worked on at once
@@ -97,7 +109,9 @@ def main(args: argparse.Namespace) -> None:
     if args.report:
         make_output_folder(folder / THUMBNAILS, "--report")
 
-    with PredictionTable(table) as rows:
+    # A folder of masks is held by its table.
+    held = FolderLock(lock_path(masks[0]), "--output") if table is None else nullcontext()
+    with held, PredictionTable(table) as rows:
         outcomes = segment_all(photographs, masks, rows, segmenter, args)
     failures = [shown(outcome.error) for outcome in outcomes if outcome.error]
     if len(photographs) > 1:
@@ -138,7 +152,7 @@ def segment_all(
     def work(job: tuple[Path, Path, Row | None]) -> Outcome:
         path = job[0]
         name = shown(path.name if count[path.name] == 1 else path) if len(jobs) > 1 else None
-        return work_on(*job, segmenter, settings, args, threads, name)
+        return work_on(*job, rows, segmenter, settings, args, threads, name)
 
     def tell_of_stop() -> None:
         print("stopping as soon as the photographs that were begun are done", flush=True)
@@ -173,6 +187,7 @@ def work_on(
     path: Path,
     mask: Path,
     former: Row | None,
+    rows: PredictionTable,
     segmenter: Segmenter,
     settings: str,
     args: argparse.Namespace,
@@ -184,28 +199,29 @@ def work_on(
     Args:
         path, mask: of the photograph and of its mask.
         former: the row of this mask in the table of earlier runs.
+        rows: the table.
         settings: the digest of the weights and the flags.
         threads: of torch, for all photographs that are worked on at once.
         name: of the photograph among others. Then the line is for a terminal of 80 columns, with what to look at; the
             table has the rest. None: it is alone.
     """
     started = time.perf_counter()
-    # By a relative path, or one of links, the same name would be another photograph elsewhere, or another the same.
-    row = dict.fromkeys(COLUMNS, "") | {"file": escaped(Path(os.path.realpath(path.parent), path.name))}
+    row = dict.fromkeys(COLUMNS, "") | {"file": whole_path(path)}
     try:
         row |= digests(path, settings, args)
         if former and not args.overwrite and stays(path, mask, former, row, args):
             line = f"{name}: segmented before" if name else f"{shown(path)}: segmented before -> {mask}"
             return Outcome(path, former | {"file": row["file"]}, line, kept=True)
-        own = is_own(mask)
+        replaced = is_own(mask) if former is None else not same_digests(former, row)
         places = 1 if name and math.prod(image_size(path)) <= LARGE else AT_ONCE  # two of more may not fit into memory
         with _PLACES.taken(places):
             torch.set_num_threads(threads if threads % AT_ONCE else threads * places // AT_ONCE)  # of this thread
             prediction = predict(path, segmenter, args)
+            if former and replaced:
+                rows.give_up(former)
             with memory_for(path):
                 write_pictures(prediction, mask, args)
-        replaced = former is not None and not same_digests(former, row)
-        if replaced or (former is None and own):  # the mask itself tells of an earlier one
+        if replaced:
             remove_other_pictures(mask, args)  # of the mask before
         row |= facts(prediction, time.perf_counter() - started) | {"mask": escaped(Path(mask.name))}
         line = brief_line(prediction, name) if name else f"{progress_line(prediction)} -> {mask}"

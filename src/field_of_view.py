@@ -66,6 +66,7 @@ LEAST_LEFT = 1 / 6  # of the frame that two cuts leave; what leaves less is the 
 
 # Two discs in one picture.
 SPLIT_FRAME, SPLIT_DISC = 1.2, 1.45  # least sides' ratio of a frame without a rim, and of the box around an ellipse
+LARGEST_SEAM = 0.85  # of a disc's height at the line between the two; their frames may have cut them off there
 
 
 @dataclass(frozen=True)
@@ -152,19 +153,25 @@ def shows_two_discs(photograph: np.ndarray, retina: np.ndarray) -> bool:
 
 
 def _splits_into_discs(picture: np.ndarray) -> bool:
-    """Whether a picture, uint8 [h, w, 3], holds one disc on either side of the column where they would meet."""
+    """Whether a picture, uint8 [h, w, 3], holds one disc on either side of the column where they would meet.
+
+    That is the most even column, or the middle one.
+    """
     if picture.shape[0] == 0 or picture.shape[1] < 3:
         return False
     third = picture.shape[1] // 3
     levels = picture[:, third:-third].astype(np.float32)
     between = third + int(np.abs(levels - np.median(levels, axis=0)).mean(axis=(0, 2)).argmin())
-    return _holds_disc(picture[:, :between]) and _holds_disc(picture[:, between:][:, ::-1])
+    return any(
+        _holds_disc(picture[:, :column]) and _holds_disc(picture[:, column:][:, ::-1])
+        for column in (between, picture.shape[1] // 2)
+    )
 
 
 def _holds_disc(picture: np.ndarray) -> bool:
     """Whether a picture, uint8 [h, w, 3], holds a disc that is not the rest of one beyond its right side."""
     heights = np.count_nonzero(disc := find_field_of_view(picture), axis=0)
-    return not disc.all() and heights[-1] < heights.max() / 2
+    return not disc.all() and heights[-1] < LARGEST_SEAM * heights.max()
 
 
 def shrunk(photograph: np.ndarray, factor: int) -> np.ndarray:

@@ -32,7 +32,9 @@ from train_utils.command_line import run_script
 from train_utils.data_loading import evaluation_loader
 from train_utils.files import sha256_of, write_csv
 from train_utils.in_order import MOST_HELD
-from train_utils.prediction_table import PredictionTable, escaped
+from train_utils.lock import FolderLock
+from train_utils.prediction_files import lock_path, mask_names
+from train_utils.prediction_table import PredictionTable, escaped, whole_path
 from train_utils.synthetic_drive import synthetic_photograph
 from transforms import get_transform
 
@@ -459,6 +461,70 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, weights, photograp
         assert second.stderr.count("\n") == 1
     run("--weights", weights, "--image", photographs, "--output", tmp_path / "out")
     assert len(table(tmp_path / "out")) == 4 and not list((tmp_path / "out").glob("*.lock"))
+
+
+def test_a_second_run_that_writes_the_same_mask_is_refused(tmp_path, weights, photographs):
+    flags = ("--weights", weights, "--image", photographs / "01.png", "--output")
+    with FolderLock(lock_path(tmp_path / "a.png"), "--output"):
+        command = [sys.executable, PROJECT / "predict.py", "--device", "cpu", *flags, tmp_path / "a.png"]
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert second.returncode == 1 and "another run is writing there (process " in second.stderr
+        run(*flags, tmp_path / "b.png")  # of another name
+    run(*flags, tmp_path / "a.png")
+    assert {"a.png", "b.png"} < set(files(tmp_path)) and not list(tmp_path.glob(".*.lock"))
+
+
+def test_no_mask_of_other_flags_is_taken_for_one_of_before(segmented, capsys, monkeypatch):
+    """A run that ends between a new mask and its row."""
+    flags, out = segmented
+    before = {path.name: path.read_bytes() for path in out.glob("*.png")}
+
+    def stop(*args):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "facts", stop)
+        with pytest.raises(RuntimeError):
+            run(*flags, "--threshold", "0.001")
+    assert (out / "01_vessels.png").read_bytes() != before["01_vessels.png"]
+    run(*flags)
+    assert before == {path.name: path.read_bytes() for path in out.glob("*.png")}
+    capsys.readouterr()
+    assert kept(capsys, *flags) == [1, 2, 3, 4]
+
+
+def test_a_photograph_keeps_its_mask_when_others_of_its_name_come(segmented, capsys, photographs):
+    flags, out = segmented
+    (photographs / "more").mkdir()
+    shutil.copy(photographs / "02.png", photographs / "more" / "01.png")
+    Image.open(photographs / "03.png").save(photographs / "01.tif")
+    assert kept(capsys, *flags, "--recursive") == [1, 3, 4, 5]
+    names = {Path(row["file"]).relative_to(photographs).as_posix(): row["mask"] for row in table(out)}
+    assert names == {
+        "01.png": "01_vessels.png",
+        "01.tif": "01_tif_vessels.png",
+        "02.png": "02_vessels.png",
+        "03.png": "03_vessels.png",
+        "04.png": "04_vessels.png",
+        "more/01.png": "more_01_png_vessels.png",
+    }
+    assert kept(capsys, *flags, "--recursive") == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_two_photographs_get_the_same_mask():
+    photographs = [Path("a/1.png"), Path("a/1_png.tif"), Path("a/2.png")]
+    known = {whole_path(photographs[0]): "1_png_vessels.png", whole_path(Path("b/2.png")): "2_vessels.png"}
+    first, second, third = mask_names(photographs, known)
+    assert first == "1_png_vessels.png" and re.fullmatch("1_png_[0-9a-f]{16}_vessels.png", second)
+    assert third == "2_vessels.png"  # b/2.png is not among them
+
+
+def test_the_page_of_other_masks_is_removed_where_the_table_is_gone(segmented, capsys):
+    flags, out = segmented
+    run(*flags, "--report")
+    (out / "predictions.csv").unlink()
+    run(*flags, "--overwrite", "--threshold", "0.001")
+    assert not (out / "predictions.html").exists()
 
 
 def test_a_damaged_table_is_one_line(segmented, capsys):

@@ -162,6 +162,8 @@ def test_two_discs_in_one_picture(synthetic):
     both = np.concatenate([first, second], axis=1)
     assert "two discs in one picture" in reasons_for_doubt(both, np.tile(inside, 2), 0.1, None)
     assert shows_two_discs(both, np.pad(inside, [(0, 0), (0, 360)]))  # one of them was found
+    stacked = np.concatenate([first[50:-50], second[50:-50]])  # cut off where they meet, as many photographs are
+    assert "two discs in one picture" in doubts(stacked)
     assert not shows_two_discs(first, inside)
     assert not shows_two_discs(first[60:-60], inside[60:-60])
 

@@ -37,6 +37,12 @@ class FolderLock:
         self.path, self.flag = path, flag
         self.file: BinaryIO | None = None
 
+    def __enter__(self) -> None:
+        self.take()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def take(self) -> None:
         """Hold the file.
 

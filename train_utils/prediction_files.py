@@ -6,7 +6,7 @@ import hashlib
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from src import Segmentation
+from src.dataset_files import comparable
 from src.freed_memory import give_back_freed_memory
 from src.photograph import (
     IMAGE_SUFFIXES,
@@ -30,7 +31,7 @@ from src.segment import probabilities_in_parts
 from .command_line import UsageError, first_of
 from .files import remove, require_no_input, write_picture
 from .prediction_report import REPORT, THUMBNAILS, thumbnail_paths, write_thumbnail
-from .prediction_table import TABLE, tells_of
+from .prediction_table import TABLE, masks_in, tells_of, whole_path
 
 RESULT, FOLDER = "test_result.png", "predictions"  # the defaults of --output, for one photograph and for several
 KINDS = ("vessels", "overlay", "probability")  # at the end of a picture's name
@@ -127,7 +128,7 @@ def plan_outputs(photographs: Sequence[Path], args: argparse.Namespace) -> tuple
     if is_file:
         _require_one_png(output, len(photographs), args)
     table = None if is_file else output / TABLE
-    masks = [output] if is_file else [output / f"{name}_vessels.png" for name in output_names(photographs)]
+    masks = [output] if is_file else [output / name for name in mask_names(photographs, masks_in(table))]
 
     inputs = (*photographs, args.weights, *_roi_masks(Path(args.roi_mask or "auto")))
     written = [path for mask in masks for path in _all_pictures(mask)]  # or removed
@@ -215,30 +216,47 @@ def _require_none(there: Sequence[Path], flag: str, reason: str) -> None:
         )
 
 
+def mask_names(photographs: Sequence[Path], known: Mapping[str, str]) -> list[str]:
+    """The name of each photograph's mask: what it is known by, else a new one that none of these has.
+
+    So a photograph keeps its mask when others of its name come along.
+
+    Args:
+        known: names of masks by the `whole_path` of their photographs.
+    """
+    names = [known.get(whole_path(path)) for path in photographs]
+    taken = {comparable(name) for name in names if name}
+    for index, (path, stem) in enumerate(zip(photographs, output_names(photographs), strict=True)):
+        if not names[index]:
+            of_another = comparable(f"{stem}_vessels.png") in taken
+            names[index] = f"{stem}_{_digest(os.fsencode(path))}_vessels.png" if of_another else f"{stem}_vessels.png"
+    return names
+
+
 def output_names(photographs: Sequence[Path]) -> list[str]:
     """The stem of each photograph; if two are the same, with the ending; if still the same, with its folders.
 
-    So many folders are added as it takes. If two differ by case alone, a digest of the path is added. A name that is
-    too long for a file is cut, and a digest added.
+    So many folders are added as it takes. If two are `comparable` still, a digest of the path is added. A name
+    that is too long for a file is cut, and a digest added.
     """
     absolute = [Path(os.path.abspath(path)) for path in photographs]
     parts = [(*path.parts[1:-1], path.name.replace(".", "_")) for path in absolute]
     names = [path.stem for path in photographs]
 
     def shared() -> set[str]:
-        # Some file systems ignore case.
-        return {name for name, count in Counter(name.lower() for name in names).items() if count > 1}
+        # Some file systems ignore case, and how accents are composed.
+        return {name for name, count in Counter(map(comparable, names)).items() if count > 1}
 
     for length in range(1, max(map(len, parts)) + 1):
         if not (clashes := shared()):
             break
         names = [
-            "_".join(part[-length:]) if name.lower() in clashes else name
+            "_".join(part[-length:]) if comparable(name) in clashes else name
             for name, part in zip(names, parts, strict=True)
         ]
-    clashes = shared()  # files whose names differ by case alone
+    clashes = shared()
     names = [
-        f"{name}_{_digest(os.fsencode(path))}" if name.lower() in clashes else name
+        f"{name}_{_digest(os.fsencode(path))}" if comparable(name) in clashes else name
         for name, path in zip(names, absolute, strict=True)
     ]
     return [_fitting(name) for name in names]
@@ -253,6 +271,11 @@ def _fitting(name: str) -> str:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def lock_path(mask: Path) -> Path:
+    """The file that a run holds while it writes a single mask: hidden, of a name that is never too long."""
+    return mask.with_name(f".{_digest(os.fsencode(mask.name))}.lock")
 
 
 def beside(mask: Path, kind: str) -> Path:

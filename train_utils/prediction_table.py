@@ -4,6 +4,7 @@ import csv
 import hashlib
 import os
 import re
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +45,7 @@ class PredictionTable:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.rows: dict[tuple[str, str], Row] = {}  # by the name of the mask; failures by that of the photograph
+        self._adding = threading.Lock()
         if path is None:
             return
         self._lock = FolderLock(path.with_suffix(".lock"), "--output")
@@ -82,15 +84,30 @@ class PredictionTable:
         Raises:
             OutputError: it cannot be written.
         """
-        for key in (_key(row), ("file", row["file"])):
-            self.rows.pop(key, None)
-        self.rows[_key(row)] = row
-        if self.path is None:
-            return
+        with self._adding:
+            for key in (_key(row), ("file", row["file"])):
+                self.rows.pop(key, None)
+            self.rows[_key(row)] = row
+            if self.path is not None:
+                self._append(row, sync=time.monotonic() - self._synced > SYNC_SECONDS)
+
+    def give_up(self, former: Row) -> None:
+        """Take the digests out of a former row, on the disk too, because its mask is about to be replaced.
+
+        A run that is killed between the new mask and its row would leave one that seems to be of the former settings.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with self._adding:
+            self.rows[_key(former)] = row = {**former, **dict.fromkeys(DIGESTS, "")}
+            self._append(row, sync=True)
+
+    def _append(self, row: Row, sync: bool) -> None:
         try:
             self._writer.writerow(row)
             self._file.flush()
-            if time.monotonic() - self._synced > SYNC_SECONDS:
+            if sync:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as error:
@@ -102,6 +119,26 @@ class PredictionTable:
 
 def _key(row: Row) -> tuple[str, str]:
     return ("mask", row["mask"]) if row["mask"] else ("file", row["file"])
+
+
+def whole_path(photograph: Path) -> str:
+    """The path of a photograph in a table.
+
+    By a relative path, or one of links, the same name would be another photograph elsewhere, or another the same.
+    """
+    return escaped(Path(os.path.realpath(photograph.parent), photograph.name))
+
+
+def masks_in(path: Path) -> dict[str, str]:
+    """The names of the masks in the table at a path, if there is one, by the `whole_path` of their photographs.
+
+    Names of odd characters, which a table holds in another form, are left out.
+    """
+    try:
+        files = {row["mask"]: row["file"] for row in _read(path)}
+    except UserError:  # is told of when the table is opened
+        return {}
+    return {file: mask for mask, file in files.items() if mask == Path(mask).name and "\\" not in mask}
 
 
 def tells_of(path: Path, mask: Path) -> bool:
