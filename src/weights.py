@@ -69,7 +69,9 @@ def read_file(path: Path) -> Any:
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path}: is no file (a folder, a FIFO or a device); give one that train.py wrote")
+            found = path / "best_model.pth"
+            advice = f"give {found}" if found.is_file() else "give one that train.py wrote"
+            raise CheckpointError(f"{path}: is no file (a folder, a FIFO or a device); {advice}")
         _require_checksums(path)
         # The tutorial's files hold `args` as a pickled Namespace, which is plain data. No other class is allowed.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():

@@ -271,6 +271,8 @@ def test_folds(own, working_directory, capsys):
         assert len(checkpoint["trained_on"]) == 4 and len(checkpoint["validated_on"]) == 2
         held_out += report["photographs"]
     assert sorted(held_out) == [f"{number}_eye" for number in range(21, 27)]
+    line = fails(capsys, "--data-path", own, "--test-only", "--resume", "out/best_model.pth", "--fold", "1/3")
+    assert "--fold 1/3: these weights were trained on all 2 photographs of that fold" in line
     assert "--fold 1/3: holds photographs out" in fails(capsys, "--data-path", own, "--fold", "1/3", "--val-split", 2)
     for wrong in ("0/3", "4/3", "1/1", "1", "a/b", "1/3/5"):
         with pytest.raises(SystemExit):

@@ -433,6 +433,18 @@ def test_the_weights_of_the_output_folder(shared_drive, weights, working_directo
         assert test_only(shared_drive, "auto")["field_of_view"] == named["field_of_view"]
 
 
+def test_the_scores_of_a_run_are_not_replaced_by_others(shared_drive, weights, working_directory, capsys):
+    shutil.copy(weights, "best_model.pth")
+    data = ("--data-path", str(shared_drive))
+    train.main(train.parse_args([*data, "--output-dir", ".", "--test-only", "--resume", "auto", "--device", "cpu"]))
+    before = Path("scores.json").read_bytes()
+    for other in (("--resume", str(weights)), ("--masks", "nowhere")):
+        line = fails(capsys, *data, *other)
+        assert "--output-dir .: holds a run with its scores.json, which would be replaced; give another" in line
+    assert Path("scores.json").read_bytes() == before
+    test_only(shared_drive, weights)  # with --overwrite
+
+
 def test_a_threshold_is_not_stored_unless_chosen(shared_drive, weights, working_directory):
     shutil.copy(weights, "my.pth")
     test_only(shared_drive, "my.pth", "--threshold", "0.3")

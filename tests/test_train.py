@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import compute_mean_std
 import predict
 import train
 from src.errors import DatasetError
@@ -350,6 +351,11 @@ def test_wrong_files(shared_drive, working_directory, capsys):
     data = ("--data-path", str(shared_drive))
     assert "--device toaster: no such device" in fails(capsys, *data, "--device", "toaster")
     assert "gone.pth: no such file of weights" in fails(capsys, *data, "--resume", "gone.pth")
+    Path("folder").mkdir()
+    Path("folder/best_model.pth").touch()
+    assert "folder: is no file (a folder, a FIFO or a device); give folder/best_model.pth" in fails(
+        capsys, *data, "--resume", "folder"
+    )
     Path("text.pth").write_text("no weights")
     assert "text.pth: not a file of weights" in fails(capsys, *data, "--resume", "text.pth")
     torch.save(train.create_model(base_c=4).state_dict(), "bare.pth")
@@ -430,6 +436,17 @@ def test_an_empty_argument_is_reported_in_one_line(capsys):
     with pytest.raises(SystemExit):
         train.parse_args([""])
     assert "error: unrecognized arguments: ; a value follows" in capsys.readouterr().err
+
+
+def test_what_a_parser_has_not_is_not_advised(capsys):
+    with pytest.raises(SystemExit):
+        compute_mean_std.get_parser().parse_args(["folder"])
+    assert "as --data-path FOLDER (see" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.parse_args(["--sync-bn"])
+    assert "error: unrecognized arguments: --sync-bn (see" in capsys.readouterr().err
+    assert "--no-NAME" not in compute_mean_std.get_parser().format_help()
+    assert "--no-NAME" in train.get_parser().format_help()
 
 
 def test_a_file_of_any_name_brings_no_advice_on_dashes(capsys):

@@ -46,7 +46,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             usage="%(prog)s [flags]",
             description=about,
-            epilog="A switch that is on can be turned off by --no-NAME.",
             formatter_class=_HelpFormatter,
         )
         self._groups: dict[str, Flags] = {}
@@ -57,15 +56,22 @@ class Parser(argparse.ArgumentParser):
             self._groups[title] = self.add_argument_group(title)
         return self._groups[title]
 
+    def format_help(self) -> str:
+        has_switches = any(name.startswith("--no-") for name in self._option_string_actions)
+        self.epilog = "A switch that is on can be turned off by --no-NAME." if has_switches else None
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
         hint = ""
         if ": expected " in message:
             hint = "; give a value that begins with a dash as --flag=-value"
         elif message.startswith("unrecognized arguments"):
-            hint = "; a value follows the name of its flag, as --image photograph.jpg"
             unknown = message.split(": ", 1)[1].partition(" ")[0].split("=")[0]
             if (known := unknown.replace("_", "-")) != unknown and known in self._option_string_actions:
                 hint = f"; write {known}"
+            elif not unknown.startswith("-"):
+                example = "--image photograph.jpg" if "--image" in self._option_string_actions else "--data-path FOLDER"
+                hint = f"; a value follows the name of its flag, as {example}"
         self.exit(2, f"{self.prog}: error: {message}{hint} (see --help)\n")
 
 

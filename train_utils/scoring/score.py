@@ -57,12 +57,26 @@ def score(device: torch.device, args: argparse.Namespace) -> None:
     if args.fold and args.val_split:
         raise UsageError(f"--val-split {args.val_split}: does nothing with --test-only; leave it out")
     if args.masks:
+        on_main_process(_keep_scores_of_a_run, args)
         score_masks(args.masks, args)
     elif args.resume:
         path = on_main_process(_best_in, Path(args.output_dir)) if args.resume == "auto" else args.resume
+        on_main_process(_keep_scores_of_a_run, args, Path(path))
         score_weights(path, device, args)
     else:
         raise UsageError("--test-only: says nothing of the weights; name them with --resume FILE")
+
+
+def _keep_scores_of_a_run(args: argparse.Namespace, weights: Path | None = None) -> None:
+    """Raise where the scores of a run would be replaced by those of masks, or of weights that lie elsewhere."""
+    folder = Path(args.output_dir)
+    of_a_run = any((folder / name).exists() for name in (BEST_MODEL, LAST_MODEL)) and (folder / "scores.json").exists()
+    own = weights is not None and os.path.realpath(weights.parent) == os.path.realpath(folder)
+    if of_a_run and not own and not args.overwrite:
+        raise UsageError(
+            f"--output-dir {folder}: holds a run with its scores.json, which would be replaced; give another "
+            "--output-dir, or --overwrite"
+        )
 
 
 def _best_in(folder: Path) -> Path:
@@ -179,7 +193,8 @@ def conclude_training(device: torch.device, args: argparse.Namespace, best_dice:
         if best is not None:
             score_weights(best, device, args)
     if is_main_process():
-        outcome = "trained on all photographs" if args.train_on_all else f"best Dice {best_dice:.3f}"
+        one_view = " of one view, as in every epoch (the scores are of the mean over views)" if args.tta else ""
+        outcome = "trained on all photographs" if args.train_on_all else f"best Dice {best_dice:.3f}{one_view}"
         print(f"{outcome}; {_where_the_weights_are(best, args)}")
         if round(best_dice, 3) == 0:
             print(
@@ -336,6 +351,11 @@ def _files_to_score(args: argparse.Namespace, checkpoint: Checkpoint | None = No
         print(
             f"warning: {len(trained_too)} of the test photographs are not scored, as the weights were trained on them "
             f"({first_of(trained_too)})"
+        )
+    if not left and args.fold:
+        raise DatasetError(
+            f"--fold {args.fold}: these weights were trained on all {len(files)} photographs of that fold, so nothing "
+            "can be scored; give the fold of their own run"
         )
     if not left:
         raise DatasetError(
