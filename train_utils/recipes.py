@@ -91,6 +91,10 @@ Bicubic sampling (the crops that are resampled) finds more: sensitivity +0.0042 
 last_model.pth --fold K/2 --amp --tta --tta-scales ...`), have less average precision: over 0.8 1 1.25 by fold 0.9127
 and 0.8856, over 1 1.2 0.9143 and 0.8850. The drop-out is of whole channels, 0.3 of the output of `down4`.
 
+Deep supervision and bend=0.01 together (at commit 4a04ce8, paired with the first line) have 0.8106 (-0.0022, 0.0024,
+higher in 8 of 20), average precision 0.9187 and 0.8908: what they find is ranked as before, but they find less of it
+(sensitivity -0.0223, 0.0025, higher in 0 of 20), which loses 0.0086 on one fold and gains 0.0041 on the other.
+
 The labels of one fold are wider than those of the other: the first line's weights would have 0.8340 at a threshold of
 0.30 on fold 1/2, and 0.8016 at 0.68 on fold 2/2 (found on these photographs themselves, by hand), in place of 0.8275
 and 0.7982. So what finds more gains on one of them and loses on the other, and the average precision tells more.
