@@ -21,7 +21,9 @@ SECOND_FOLDERS = ("2nd_manual",)
 SECOND_ENDINGS, LATER_SECOND_ENDINGS = ("_manual2", "_2ndHO", ""), (".vk",)
 HELD_OUT_SHARE = 5  # without a test part, one of so many photographs is held out
 FIRST_FEW = 3  # faults that a message lists
-EYE = re.compile(r"(?<=[\d_. -])(l|r|left|right|od|os)$", re.IGNORECASE)  # at the end of a name: 01L, 7_left, A-OD
+# At the end of a name: 01L, 7_left, A-OD, or in DRIVE's layout 01L_training.
+EYE = re.compile(r"(?<=[\d_. -])(l|r|left|right|od|os)$", re.IGNORECASE)
+PART = re.compile(r"_(training|test)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -364,8 +366,11 @@ class Split:
                 "nothing is left to validate on"
             )
         held_out = min(max(round(count / HELD_OUT_SHARE), 1), count - 1)
-        first, before = photographs[-held_out], photographs[-held_out - 1]
-        return held_out + 1 if _person(first) == _person(before) and held_out + 1 < count else held_out
+        persons = [_person(photograph) for photograph in photographs]
+        of_persons = held_out
+        while of_persons < count and persons[-of_persons - 1] == persons[-held_out]:
+            of_persons += 1
+        return of_persons if of_persons < count else held_out
 
 
 def require_different(training: Sequence[LabelledPhotograph], others: Sequence[LabelledPhotograph] = ()) -> None:
@@ -390,7 +395,7 @@ def require_different(training: Sequence[LabelledPhotograph], others: Sequence[L
 
 def _person(photograph: Path) -> str:
     """Whom a photograph of a folder shows, as far as its name tells: 01L and 01R are the eyes of one."""
-    return EYE.sub("", photograph.stem).rstrip("_. -").lower()
+    return EYE.sub("", PART.sub("", photograph.stem)).rstrip("_. -").lower()
 
 
 def _fold(photographs: Sequence[LabelledPhotograph], number: int, folds: int) -> Iterator[LabelledPhotograph]:

@@ -258,7 +258,15 @@ def test_accents_may_be_composed_in_two_ways(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("left", "right"), [("Image_{}L", "Image_{}R"), ("{}_left", "{}_right"), ("p{}-OD", "p{}-OS"), ("{} l", "{} R")]
+    ("left", "right"),
+    [
+        ("Image_{}L", "Image_{}R"),
+        ("{}_left", "{}_right"),
+        ("p{}-OD", "p{}-OS"),
+        ("{} l", "{} R"),
+        ("{}L_training", "{}R_training"),
+        ("{}_left_test", "{}_right_test"),
+    ],
 )
 def test_both_eyes_of_a_person_are_held_out_together(tmp_path, left, right):
     names = [name.format(f"{number:02}") for number in range(1, 8) for name in (left, right)]
@@ -275,6 +283,12 @@ def test_both_eyes_of_a_person_are_held_out_together(tmp_path, left, right):
     assert len(Split(3).divide(tmp_path)[1]) == 3  # as asked
     with pytest.raises(DatasetError, match="--fold 1/8: .* holds 14 photographs of 7 persons"):
         Split(fold=(1, 8)).divide(tmp_path)
+
+
+@pytest.mark.parametrize("names, held_out", [("01 02 03 04 05 06 07L 07R 07_l 07_r", 4), ("01 01L 01R 01_l", 1)])
+def test_all_photographs_of_a_person_are_held_out_together(tmp_path, names, held_out):
+    touch(*(tmp_path / folder / f"{name}.png" for folder in ("images", "labels") for name in names.split()))
+    assert stems(Split(None).divide(tmp_path)[1]) == names.split()[-held_out:]
 
 
 def test_names_that_only_look_like_those_of_eyes(tmp_path):
