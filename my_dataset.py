@@ -224,7 +224,7 @@ class DriveDataset(Dataset):
         for data in self.by_root().values() if num_classes == 1 else [self]:
             found = {int(value) for label in data.labels for value in np.unique(label)}
             missing = sorted(set(range(num_classes + 1)) - found)
-            if missing:
+            if missing and data.files:
                 names = [item.photograph.name for item in data.files]
                 return (
                     f"class {missing[0]} occurs in no label of {data.files[0].label.parent} ({len(names)} "

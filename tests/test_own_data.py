@@ -372,6 +372,8 @@ def test_several_classes(drive, working_directory, capsys):
     assert "holds the values 0, 1, 2;" in fails(capsys, "--data-path", drive, "--epochs", 1)
     message = fails(capsys, "--data-path", drive, "--epochs", 1, "--num-classes", 3)
     assert "--num-classes 3: class 3 occurs in no label of" in message
+    whole = run("--data-path", drive, "--epochs", 1, "--num-classes", 2, "--train-on-all")
+    assert len(whole["trained_on"]) == 10
 
 
 def test_an_absent_class(drive, working_directory, capsys):
