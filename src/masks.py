@@ -86,7 +86,7 @@ def read_classes(path: str | Path, num_classes: int) -> np.ndarray:
     Args:
         path: for one class a black-and-white picture, as `read_binary_mask` takes it, but not one with the numbers of
             more classes; for these, a picture whose greys or palette numbers are the classes, and 255 where nothing is
-            known.
+            known. A GIF must be grey: programs number its colours anew when they save it.
         num_classes: without the background.
 
     Raises:
@@ -95,6 +95,14 @@ def read_classes(path: str | Path, num_classes: int) -> np.ndarray:
     if num_classes == 1:
         return _read_binary(path, LARGEST_NUMBER).astype(np.uint8)
     image = load_image(path)
+    if image.format == "GIF":
+        image = to_rgb(image)
+        red, green, blue = image.split()
+        if red != green or red != blue:
+            raise DatasetError(
+                f"{path}: holds colours, and in a GIF their numbers may differ from those of the classes; save the "
+                "label as a PNG, with the classes as greys or palette numbers"
+            )
     levels = np.array(image if image.mode == "P" else to_rgb(image).convert("L"))
     if ((levels > num_classes) & (levels != 255)).any():
         raise DatasetError(

@@ -137,3 +137,18 @@ def test_classes(tmp_path):
         read_classes(binary, 2)
     classes[0] = 255
     assert read_classes(save(classes, tmp_path / "unknown.png"), 2)[0, 0] == 255
+
+
+def test_classes_of_a_gif(tmp_path):
+    """Pillow leaves colours that do not occur out of its palette, and numbers the others anew."""
+    veins = VESSELS * np.uint8(2)
+    for classes in (veins, np.where(VESSELS, 2, np.uint8(255)), np.maximum(veins, 1)):
+        path = save(classes, tmp_path / "grey.gif")
+        with Image.open(path) as image:
+            assert np.array(image).max() == 1
+        assert np.array_equal(read_classes(path, 2), classes)
+    coloured = Image.fromarray(veins, "P")
+    coloured.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])
+    coloured.save(tmp_path / "veins.gif")
+    with pytest.raises(DatasetError, match=r"veins\.gif: holds colours, and in a GIF .*; save the label as a PNG"):
+        read_classes(tmp_path / "veins.gif", 2)
