@@ -35,7 +35,7 @@ def read_binary_mask(path: str | Path) -> np.ndarray:
 
 def _read_binary(path: str | Path, largest_number: int) -> np.ndarray:
     """As above; refused too where it holds, besides 0 and 255, the numbers of classes up to a largest one alone."""
-    image = to_rgb(load_image(path))
+    image = to_rgb(_load_label(path))
     grey = np.array(image.convert("L"))
     if image.getcolors(2) is None and _coloured(image, grey):
         raise DatasetError(
@@ -61,6 +61,21 @@ def _read_binary(path: str | Path, largest_number: int) -> np.ndarray:
             f"{_list(np.unique(grey))}; save it again in black and white, without loss or smoothing"
         )
     return grey > 127
+
+
+def _load_label(path: str | Path) -> Image.Image:
+    """A picture, with numbers of classes in 8 bits where they have more: 65535, -1 and NaN, for unknown, become 255.
+
+    `to_rgb` would scale the numbers by the brightest value.
+    """
+    image = load_image(path)
+    if image.mode.startswith(("I", "F")):
+        values = np.array(image)
+        unknown = ~np.isfinite(values) | np.isin(values, (-1, 255, 65535))
+        numbers = np.unique(values[~unknown])
+        if numbers.size > 1 and np.isin(numbers, range(LARGEST_NUMBER + 1)).all():  # else it is black and white
+            return Image.fromarray(np.where(unknown, 255, values).astype(np.uint8))
+    return image
 
 
 def _coloured(image: Image.Image, grey: np.ndarray) -> bool:
@@ -94,7 +109,7 @@ def read_classes(path: str | Path, num_classes: int) -> np.ndarray:
     """
     if num_classes == 1:
         return _read_binary(path, LARGEST_NUMBER).astype(np.uint8)
-    image = load_image(path)
+    image = _load_label(path)
     if image.format == "GIF":
         image = to_rgb(image)
         red, green, blue = image.split()

@@ -152,3 +152,38 @@ def test_classes_of_a_gif(tmp_path):
     coloured.save(tmp_path / "veins.gif")
     with pytest.raises(DatasetError, match=r"veins\.gif: holds colours, and in a GIF .*; save the label as a PNG"):
         read_classes(tmp_path / "veins.gif", 2)
+
+
+@pytest.mark.parametrize(
+    "kind, unknown, suffix",
+    [
+        (np.uint16, 65535, "png"),
+        (np.uint16, 65535, "tif"),
+        (np.uint16, 255, "png"),
+        (np.int32, -1, "tif"),
+        (np.float32, -1, "tif"),
+        (np.float32, np.nan, "tif"),
+    ],
+)
+def test_numbers_of_more_than_8_bits(tmp_path, kind, unknown, suffix):
+    numbers = VESSELS.astype(kind)
+    numbers[:5] = unknown
+    path = save(numbers, tmp_path / f"label.{suffix}")
+    with pytest.raises(DatasetError, match="holds the values 0, 1, 255, where 1 may be white and 255 unknown"):
+        read_classes(path, 1)
+    numbers[15:20] *= 2
+    classes = np.where(numbers == numbers.clip(0, 2), numbers, 255)
+    assert np.array_equal(read_classes(save(numbers, path), 2), classes)
+    assert np.array_equal(read_binary_mask(save(VESSELS.astype(kind), path)), VESSELS)
+    numbers[:5] = 20  # of no class
+    with pytest.raises(DatasetError, match="holds the values 0, 1, 2, 20, but --num-classes 2"):
+        read_classes(save(numbers, path), 2)
+
+
+def test_black_and_white_of_more_than_8_bits(tmp_path):
+    """With one number beside what may be unknown, they are as they were: an ROI mask may be NaN outside."""
+    for dark, light in ((0, 1), (0, 255), (0, 4095), (0, 65535), (1, 65535)):
+        path = save(np.where(VESSELS, light, dark).astype(np.uint16), tmp_path / "mask.png")
+        assert np.array_equal(read_binary_mask(path), VESSELS)
+    path = save(np.where(VESSELS, 1, np.nan).astype(np.float32), tmp_path / "mask.tif")
+    assert np.array_equal(read_binary_mask(path), VESSELS)
