@@ -71,7 +71,7 @@ def test_weights_that_a_training_starts_from(weights, shared_drive, capsys, name
     path = weights.rename(weights.with_name(name))
     before = path.read_bytes()
     data = ["--data-path", str(shared_drive), *SMALL_RUN, "--output-dir", "weights", "--epochs", "1", "--overwrite"]
-    for flag in ("--init-weights", "--backbone-weights"):
-        error = refusal(capsys, train, *data, "--no-save-best", flag, path)
+    for flags in (["--init-weights"], ["--backbone-weights"], ["--no-save-best", "--init-weights"]):
+        error = refusal(capsys, train, *data, *flags, path)
         assert f"--output-dir weights: would overwrite the input {path}" in error
     assert path.read_bytes() == before

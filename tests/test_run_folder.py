@@ -74,6 +74,15 @@ def test_overwrite_replaces_a_run_by_one_that_goes_on_from_elsewhere(shared_driv
     assert len(starts["earlier"]) == 2
 
 
+def test_a_kill_in_the_first_epoch_leaves_nothing_of_the_replaced_run(shared_drive, working_directory):
+    run(shared_drive, "--no-save-best")
+    Path(WEIGHTS, "model_mine.pth").write_bytes(b"of no run")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_in(0, patch)
+        run(shared_drive, "--overwrite", "--seed", 1)
+    assert list(weights_in(WEIGHTS)) == ["model_mine.pth"]
+
+
 def test_a_refused_run_is_not_recorded(shared_drive, working_directory):
     run(shared_drive)
     before = Path("save_weights", "run.json").read_bytes()

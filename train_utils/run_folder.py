@@ -58,7 +58,7 @@ def own_output_folder(args: argparse.Namespace, overwrite: bool) -> Iterator[Non
 def _require_nothing_lost(args: argparse.Namespace, overwrite: bool) -> None:
     folder = Path(args.output_dir)
     written = [folder / name for name in WRITTEN]
-    epochs = [] if args.save_best else sorted(folder.glob("model_*.pth"))
+    epochs = [] if args.save_best and not args.overwrite else _each_epoch(folder)
     written += epochs
     require_no_input(written, files_to_start_from(args), f"--output-dir {folder}")
     found = [name for name in (BEST_MODEL, LAST_MODEL, *(path.name for path in epochs[:1])) if (folder / name).exists()]
@@ -67,6 +67,11 @@ def _require_nothing_lost(args: argparse.Namespace, overwrite: bool) -> None:
             f"--output-dir {folder}: holds {' and '.join(found)} of an earlier run; --resume auto goes on with it, "
             "--overwrite replaces it, and another --output-dir keeps it"
         )
+
+
+def _each_epoch(folder: Path) -> list[Path]:
+    """The files that a run without --save-best leaves of every epoch."""
+    return sorted(path for path in folder.glob("model_*.pth") if path.stem.removeprefix("model_").isdecimal())
 
 
 def _goes_on(args: argparse.Namespace) -> bool:
@@ -141,8 +146,8 @@ def _record_run(
     if args.overwrite and (first_epoch is None or not _goes_on(args)):
         # --train-on-all would leave the scores of the replaced run, and --resume auto, after a kill in the first epoch,
         # would go on with its weights.
-        epochs = [] if args.save_best else path.parent.glob("model_*.pth")
-        for replaced in (*(path.with_name(name) for name in (*SCORES, BEST_MODEL, LAST_MODEL)), *epochs):
+        weights = (BEST_MODEL, LAST_MODEL)
+        for replaced in (*(path.with_name(name) for name in (*SCORES, *weights)), *_each_epoch(path.parent)):
             remove(replaced)
 
 
