@@ -19,6 +19,7 @@ from src.errors import UserError
 from tests.conftest import SMALL_RUN, refusal
 from tests.processes import PROJECT, clean_environment, in_processes
 from tests.test_resume import interrupt_in
+from tests.test_train import evaluations
 from tests.test_train_multi_GPU import assert_same_state
 from train_utils import load_checkpoint, lock, run_folder
 from train_utils.command_line import UsageError, run_script
@@ -81,6 +82,25 @@ def test_a_kill_in_the_first_epoch_leaves_nothing_of_the_replaced_run(shared_dri
         interrupt_in(0, patch)
         run(shared_drive, "--overwrite", "--seed", 1)
     assert list(weights_in(WEIGHTS)) == ["model_mine.pth"]
+
+
+def test_a_better_later_epoch_is_not_replaced_unasked(shared_drive, working_directory, monkeypatch, capsys):
+    evaluations(monkeypatch, 0.5, 0.8, 0.6, *[0.7] * 4)
+    run(shared_drive, "--no-save-best", "--epochs", 3)
+    before, resumed = weights_in(WEIGHTS), WEIGHTS / "model_0.pth"
+    again = ["--data-path", shared_drive, *ONE, "--epochs", 4, "--resume"]
+    error = refusal(capsys, train, *again, resumed, "--output-dir", "./save_weights")
+    assert "save_weights/model_0.pth: going on after its epoch 0 would replace what --output-dir save_weights" in error
+    assert "up to epoch 2, with a better Dice); give another --output-dir, or --overwrite" in error
+    assert weights_in(WEIGHTS) == before
+    run(shared_drive, "--epochs", 2, "--resume", resumed, "--output-dir", "other")
+    run(shared_drive, "--epochs", 3, "--resume", WEIGHTS / "best_model.pth")  # epoch 1, which it keeps
+    assert weights_in(WEIGHTS)["best_model.pth"] == before["best_model.pth"]
+    run(shared_drive, "--epochs", 2, "--resume", resumed, "--overwrite")
+    assert load_checkpoint(WEIGHTS / "best_model.pth")["best_dice"] == 0.7
+    assert weights_in(WEIGHTS)["model_0.pth"] == before["model_0.pth"]
+    Path(WEIGHTS, "last_model.pth").write_bytes(b"damaged")
+    run(shared_drive, "--epochs", 2, "--resume", resumed)
 
 
 def test_a_refused_run_is_not_recorded(shared_drive, working_directory):

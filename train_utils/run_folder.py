@@ -19,7 +19,7 @@ import torch
 import torchvision
 
 from src.dataset_files import LabelledPhotograph
-from src.weights import Checkpoint
+from src.weights import Checkpoint, CheckpointError, load_checkpoint
 
 from .checkpoint import BEST_MODEL, LAST_MODEL
 from .command_line import UsageError
@@ -43,7 +43,9 @@ def own_output_folder(args: argparse.Namespace, overwrite: bool) -> Iterator[Non
         overwrite: whether the run may replace the weights of another one.
 
     Raises:
-        UsageError: another run holds the folder, or left its weights there and `args.resume` is not given.
+        UsageError: another run holds the folder, or left its weights there and `args.resume` is not given or names an
+            epoch before its best.
+        CheckpointError: the file that `args.resume` names in the folder cannot be read.
         OutputError: a file to start from lies where the run would write.
     """
     lock = FolderLock(Path(args.output_dir, LOCK), "--output-dir")
@@ -66,6 +68,26 @@ def _require_nothing_lost(args: argparse.Namespace, overwrite: bool) -> None:
         raise UsageError(
             f"--output-dir {folder}: holds {' and '.join(found)} of an earlier run; --resume auto goes on with it, "
             "--overwrite replaces it, and another --output-dir keeps it"
+        )
+    if _goes_on(args) and args.resume != "auto" and not overwrite:
+        _require_no_better_epoch(Path(args.resume), folder / LAST_MODEL)
+
+
+def _require_no_better_epoch(resumed: Path, newest: Path) -> None:
+    """Refuse to go on from an earlier epoch in its own folder, where a later one was better and would be replaced."""
+    if resumed.resolve() == newest.resolve():
+        return
+    try:
+        last = load_checkpoint(newest)
+    except CheckpointError:  # nothing there to lose
+        return
+    first = load_checkpoint(resumed)
+    keys = ("epoch", "best_dice")
+    if all(None not in (first.get(key), last.get(key)) and first[key] < last[key] for key in keys):
+        raise UsageError(
+            f"--resume {resumed}: going on after its epoch {first['epoch']} would replace what --output-dir "
+            f"{newest.parent} holds of later ones (up to epoch {last['epoch']}, with a better Dice); give another "
+            "--output-dir, or --overwrite"
         )
 
 
