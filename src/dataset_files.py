@@ -101,16 +101,29 @@ def _find_parts(root: Path) -> dict[str, Path]:
             return parts
     if (root / "images").is_dir():
         return {"all": root}
-    if not root.is_dir():
-        found = "there is no such folder"
-    else:
-        names = sorted(entry.name for entry in root.iterdir())
-        found = "found there: " + (", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "nothing")
+    names = _names_in(root)
+    advice = "Give the folder that contains DRIVE, or a folder with images and labels"
+    if root.name == "images":
+        advice = f"Give its folder, {root.absolute().parent}"
+    for name in names or ():
+        meant = "training" if name.lower() == "train" else name.lower()
+        if name != meant and meant in ("training", "test", "images"):
+            advice = f"Rename {root / name} to {meant}"
     raise DatasetError(
         f"--data-path {root}: no DRIVE data set; looked for {root / 'DRIVE' / 'training' / 'images'} and "
-        f"{root / 'training' / 'images'}, or {root / 'images'} with {root / 'labels'}; {found}. "
-        "Give the folder that contains DRIVE, or a folder with images and labels"
+        f"{root / 'training' / 'images'}, or {root / 'images'} with {root / 'labels'}; {_found(names)}. {advice}"
     )
+
+
+def _names_in(folder: Path) -> list[str] | None:
+    """The names of what is in a folder, sorted; None where there is no such folder."""
+    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else None
+
+
+def _found(names: Sequence[str] | None) -> str:
+    if names is None:
+        return "there is no such folder"
+    return "found there: " + (", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "nothing")
 
 
 def find_photographs(folder: Path) -> list[Path]:
@@ -246,10 +259,17 @@ class _Companions:
         """
         if not self.faults:
             return
+        first = list(self.faults.values())[:FIRST_FEW]
+        if not any(folder.is_dir() for folder in self.folders):
+            place, names = self.folders[0].parent, ", ".join(folder.name for folder in self.folders)
+            raise DatasetError(
+                f"{first[0]}. {place} has none of the folders {names}; {_found(_names_in(place))}. Rename the one with "
+                "the labels to labels"
+            )
         more = f" (and {len(self.faults) - FIRST_FEW} more)" if len(self.faults) > FIRST_FEW else ""
         endings = ", ".join(f"STEM{ending}.*" for ending in (*self.endings, *self.later_endings))
         raise DatasetError(
-            f"{'; '.join(list(self.faults.values())[:FIRST_FEW])}{more}. A photograph NUMBER_... has the file "
+            f"{'; '.join(first)}{more}. A photograph NUMBER_... has the file "
             f"NUMBER{self.drive_ending}.*, else one of its own stem, {endings}, in "
             f"{' or '.join(str(folder) for folder in self.folders)}; add or rename files, or take photographs out"
         )

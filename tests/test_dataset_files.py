@@ -145,6 +145,28 @@ def test_parts(tmp_path):
         Split().divide(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "made, given, advice",
+    [
+        ("train/images", ".", "found there: train. Rename .*train to training"),
+        ("Images", ".", "found there: Images. Rename .*Images to images"),
+        ("images", "images", "found there: a.jpg. Give its folder, .*"),
+        ("images", "nothing", "there is no such folder. Give the folder that contains DRIVE"),
+    ],
+)
+def test_a_folder_of_another_name_is_named(tmp_path, made, given, advice):
+    touch(tmp_path / made / "a.jpg")
+    with pytest.raises(DatasetError, match=f"no DRIVE data set; .*; {advice}"):
+        Split().divide(tmp_path / given)
+
+
+def test_a_folder_of_labels_of_another_name_is_named(tmp_path):
+    plain(tmp_path, 2)
+    (tmp_path / "labels").rename(tmp_path / "masks")
+    with pytest.raises(DatasetError, match="found there: images, masks. Rename the one with the labels to labels$"):
+        Split().divide(tmp_path)
+
+
 @pytest.mark.parametrize("count, held_out", [(2, 1), (3, 1), (5, 1), (8, 2), (20, 4), (45, 9)])
 def test_without_a_test_part_the_last_fifth_is_held_out(tmp_path, count, held_out):
     plain(tmp_path, count)
