@@ -228,8 +228,9 @@ def mask_names(photographs: Sequence[Path], known: Mapping[str, str]) -> list[st
     taken = {comparable(name) for name in names if name}
     for index, (path, stem) in enumerate(zip(photographs, output_names(photographs), strict=True)):
         if not names[index]:
-            of_another = comparable(f"{stem}_vessels.png") in taken
-            names[index] = f"{stem}_{_digest(os.fsencode(path))}_vessels.png" if of_another else f"{stem}_vessels.png"
+            if comparable(f"{stem}_vessels.png") in taken:
+                stem = _fitting(f"{stem}_{_digest(whole_path(path).encode())}")
+            names[index] = f"{stem}_vessels.png"
     return names
 
 
