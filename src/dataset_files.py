@@ -103,11 +103,12 @@ def _find_parts(root: Path) -> dict[str, Path]:
         return {"all": root}
     names = _names_in(root)
     advice = "Give the folder that contains DRIVE, or a folder with images and labels"
-    if root.name == "images":
+    if names is not None and root.absolute().name == "images":
         advice = f"Give its folder, {root.absolute().parent}"
     for name in names or ():
         meant = "training" if name.lower() == "train" else name.lower()
-        if name != meant and meant in ("training", "test", "images"):
+        folder = root / name if meant == "images" else root / name / "images"
+        if name != meant and meant in ("training", "test", "images") and folder.is_dir():
             advice = f"Rename {root / name} to {meant}"
     raise DatasetError(
         f"--data-path {root}: no DRIVE data set; looked for {root / 'DRIVE' / 'training' / 'images'} and "
@@ -264,7 +265,7 @@ class _Companions:
             place, names = self.folders[0].parent, ", ".join(folder.name for folder in self.folders)
             raise DatasetError(
                 f"{first[0]}. {place} has none of the folders {names}; {_found(_names_in(place))}. Rename the one with "
-                "the labels to labels"
+                "the labels to labels, or add it"
             )
         more = f" (and {len(self.faults) - FIRST_FEW} more)" if len(self.faults) > FIRST_FEW else ""
         endings = ", ".join(f"STEM{ending}.*" for ending in (*self.endings, *self.later_endings))

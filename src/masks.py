@@ -35,7 +35,8 @@ def read_binary_mask(path: str | Path) -> np.ndarray:
 
 def _read_binary(path: str | Path, largest_number: int) -> np.ndarray:
     """As above; refused too where it holds, besides 0 and 255, the numbers of classes up to a largest one alone."""
-    image = to_rgb(_load_label(path))
+    # Only of labels to train on are -1 and NaN unknown.
+    image = to_rgb(_load_label(path) if largest_number > 1 else load_image(path))
     grey = np.array(image.convert("L"))
     if image.getcolors(2) is None and _coloured(image, grey):
         raise DatasetError(

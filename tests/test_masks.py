@@ -187,3 +187,13 @@ def test_black_and_white_of_more_than_8_bits(tmp_path):
         assert np.array_equal(read_binary_mask(path), VESSELS)
     path = save(np.where(VESSELS, 1, np.nan).astype(np.float32), tmp_path / "mask.tif")
     assert np.array_equal(read_binary_mask(path), VESSELS)
+
+
+@pytest.mark.parametrize("unknown", [-1, np.nan])
+def test_numbers_in_a_mask_are_not_taken_for_black_and_white(tmp_path, unknown):
+    """Only in labels to train on are -1 and NaN unknown; as white they would invert an ROI mask."""
+    mask = np.full((20, 20), unknown, np.float32)
+    mask[:18], mask[:9], mask[0] = 1, 2, 0
+    Image.fromarray(mask).save(tmp_path / "mask.tif")
+    with pytest.raises(DatasetError, match="mask must be black and white"):
+        read_binary_mask(tmp_path / "mask.tif")

@@ -511,6 +511,20 @@ def test_a_photograph_keeps_its_mask_when_others_of_its_name_come(segmented, cap
     assert kept(capsys, *flags, "--recursive") == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_photograph_keeps_its_mask_after_it_failed(segmented, capsys, photographs):
+    flags, out = segmented
+    (photographs / "more").mkdir()
+    shutil.copy(photographs / "02.png", photographs / "more" / "01.png")
+    run(*flags, "--recursive")
+    whole = (photographs / "more" / "01.png").read_bytes()
+    (photographs / "more" / "01.png").write_bytes(b"no picture")
+    assert "not an image" in fails_of_many(capsys, *flags, "--recursive")
+    (photographs / "more" / "01.png").write_bytes(whole)
+    run(*flags[:2], "--image", photographs / "more" / "01.png", "--output", out)
+    masks = [row["mask"] for row in table(out) if row["file"].endswith("more/01.png")]
+    assert masks == ["more_01_png_vessels.png"]
+
+
 def test_no_two_photographs_get_the_same_mask():
     photographs = [Path("a/1.png"), Path("a/1_png.tif"), Path("a/2.png")]
     known = {whole_path(photographs[0]): "1_png_vessels.png", whole_path(Path("b/2.png")): "2_vessels.png"}

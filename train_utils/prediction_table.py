@@ -138,7 +138,7 @@ def masks_in(path: Path) -> dict[str, str]:
         files = {row["mask"]: row["file"] for row in _read(path)}
     except UserError:  # is told of when the table is opened
         return {}
-    return {file: mask for mask, file in files.items() if mask == Path(mask).name and "\\" not in mask}
+    return {file: mask for mask, file in files.items() if mask and mask == Path(mask).name and "\\" not in mask}
 
 
 def tells_of(path: Path, mask: Path) -> bool:
