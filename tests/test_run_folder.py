@@ -99,8 +99,21 @@ def test_a_better_later_epoch_is_not_replaced_unasked(shared_drive, working_dire
     run(shared_drive, "--epochs", 2, "--resume", resumed, "--overwrite")
     assert load_checkpoint(WEIGHTS / "best_model.pth")["best_dice"] == 0.7
     assert weights_in(WEIGHTS)["model_0.pth"] == before["model_0.pth"]
-    Path(WEIGHTS, "last_model.pth").write_bytes(b"damaged")
+    Path(WEIGHTS, "last_model.pth").write_bytes(b"damaged")  # but the best is there
+    assert "up to epoch 1, with a better Dice)" in refusal(capsys, train, *again, resumed, "--output-dir", WEIGHTS)
+    Path(WEIGHTS, "best_model.pth").write_bytes(b"damaged")
     run(shared_drive, "--epochs", 2, "--resume", resumed)
+
+
+def test_what_overwrite_goes_on_without_is_gone(shared_drive, working_directory, monkeypatch):
+    """A run from an earlier epoch on leaves no weights of the later ones that it gave up, though they were better."""
+    evaluations(monkeypatch, 0.5, 0.8, 0.6, *[0.4] * 3)
+    run(shared_drive, "--no-save-best", "--epochs", 3)
+    before = weights_in(WEIGHTS)
+    run(shared_drive, "--epochs", 2, "--resume", WEIGHTS / "model_0.pth", "--overwrite")
+    after = weights_in(WEIGHTS)
+    assert set(after) == {"model_0.pth", "last_model.pth"} and after["model_0.pth"] == before["model_0.pth"]
+    assert load_checkpoint(WEIGHTS / "last_model.pth")["epoch"] == 1
 
 
 def test_a_refused_run_is_not_recorded(shared_drive, working_directory):

@@ -1,4 +1,4 @@
-"""A lock that keeps a second run out of an output folder.
+"""A lock that keeps a second run out of an output folder, or from a single output file.
 
 A file in the folder says which process of which host the owner is. What keeps others out is the system's lock on that
 open file. The system lifts it whenever and however the owner ends, so that no stale one is left, and lock daemons carry
@@ -29,8 +29,8 @@ class FolderLock:
     """A file that one process holds; where the file system knows no locks, a line says so and nothing is held.
 
     Args:
-        path: of the file, in the folder.
-        flag: that names the folder.
+        path: of the file, in the folder that is written to.
+        flag: that names the output.
     """
 
     def __init__(self, path: Path, flag: str) -> None:
@@ -66,7 +66,7 @@ class FolderLock:
                     owner = file.read(1000).decode(errors="replace").strip()
                 raise UsageError(
                     f"{self.flag} {self.path.parent}: another run is writing there ({owner or 'starting'}); wait for "
-                    "its end, or choose another folder"
+                    f"its end, or give another {self.flag}"
                 ) from error
             except OSError as error:
                 print(f"{self.path}: cannot be locked ({error.strerror}); see that no other run writes there")

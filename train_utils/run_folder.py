@@ -70,25 +70,33 @@ def _require_nothing_lost(args: argparse.Namespace, overwrite: bool) -> None:
             "--overwrite replaces it, and another --output-dir keeps it"
         )
     if _goes_on(args) and args.resume != "auto" and not overwrite:
-        _require_no_better_epoch(Path(args.resume), folder / LAST_MODEL)
+        _require_no_better_epoch(Path(args.resume), folder)
 
 
-def _require_no_better_epoch(resumed: Path, newest: Path) -> None:
+def _require_no_better_epoch(resumed: Path, folder: Path) -> None:
     """Refuse to go on from an earlier epoch in its own folder, where a later one was better and would be replaced."""
-    if resumed.resolve() == newest.resolve():
-        return
-    try:
-        last = load_checkpoint(newest)
-    except CheckpointError:  # nothing there to lose
-        return
-    first = load_checkpoint(resumed)
-    keys = ("epoch", "best_dice")
-    if all(None not in (first.get(key), last.get(key)) and first[key] < last[key] for key in keys):
-        raise UsageError(
-            f"--resume {resumed}: going on after its epoch {first['epoch']} would replace what --output-dir "
-            f"{newest.parent} holds of later ones (up to epoch {last['epoch']}, with a better Dice); give another "
-            "--output-dir, or --overwrite"
-        )
+    first, keys = load_checkpoint(resumed), ("epoch", "best_dice")
+    for name in (LAST_MODEL, BEST_MODEL):
+        try:
+            later = load_checkpoint(folder / name)
+        except CheckpointError:  # nothing there to lose
+            continue
+        if all(None not in (first.get(key), later.get(key)) and first[key] < later[key] for key in keys):
+            raise UsageError(
+                f"--resume {resumed}: going on after its epoch {first['epoch']} would replace what --output-dir "
+                f"{folder} holds of later ones (up to epoch {later['epoch']}, with a better Dice); give another "
+                "--output-dir, or --overwrite"
+            )
+
+
+def _of_later_epochs(folder: Path, first_epoch: int) -> list[Path]:
+    """The weights in a folder that are of an epoch from `first_epoch` on."""
+    later = [path for path in _each_epoch(folder) if int(path.stem.removeprefix("model_")) >= first_epoch]
+    for path in (folder / BEST_MODEL, folder / LAST_MODEL):
+        with contextlib.suppress(CheckpointError):
+            if load_checkpoint(path).get("epoch", -1) >= first_epoch:
+                later.append(path)
+    return later
 
 
 def _each_epoch(folder: Path) -> list[Path]:
@@ -165,12 +173,18 @@ def _record_run(
     }
     with replace_whole(path) as file:
         file.write((json.dumps(record, indent=2) + "\n").encode())
-    if args.overwrite and (first_epoch is None or not _goes_on(args)):
+    if args.overwrite:
         # --train-on-all would leave the scores of the replaced run, and --resume auto, after a kill in the first epoch,
         # would go on with its weights.
-        weights = (BEST_MODEL, LAST_MODEL)
-        for replaced in (*(path.with_name(name) for name in (*SCORES, *weights)), *_each_epoch(path.parent)):
-            remove(replaced)
+        if first_epoch is not None and _goes_on(args):
+            replaced = _of_later_epochs(path.parent, first_epoch)
+        else:
+            replaced = [
+                *(path.with_name(name) for name in (*SCORES, BEST_MODEL, LAST_MODEL)),
+                *_each_epoch(path.parent),
+            ]
+        for file in replaced:
+            remove(file)
 
 
 def _digest_of_data(*parts: Sequence[LabelledPhotograph]) -> str:

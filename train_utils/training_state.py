@@ -377,7 +377,9 @@ def load_to_resume(args: argparse.Namespace) -> Checkpoint | None:
 
 
 def load_initial(args: argparse.Namespace, checkpoint: Checkpoint | None = None) -> Checkpoint | None:
-    """The checkpoint of `--init-weights`, unless training goes on from another one; the main process reads it.
+    """The checkpoint of `--init-weights`, unless training goes on from another one.
+
+    The main process reads it for all (each has read the file's flags before, `train_utils.flags.parse_with_recipe`).
 
     Raises:
         CheckpointError: it cannot be used.

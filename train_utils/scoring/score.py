@@ -193,7 +193,9 @@ def conclude_training(device: torch.device, args: argparse.Namespace, best_dice:
         if best is not None:
             score_weights(best, device, args)
     if is_main_process():
-        one_view = " of one view, as in every epoch (the scores are of the mean over views)" if args.tta else ""
+        one_view = (
+            " of one view, as in every epoch (the scores are of the mean over views)" if args.tta and best else ""
+        )
         outcome = "trained on all photographs" if args.train_on_all else f"best Dice {best_dice:.3f}{one_view}"
         print(f"{outcome}; {_where_the_weights_are(best, args)}")
         if round(best_dice, 3) == 0:
