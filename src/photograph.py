@@ -293,7 +293,8 @@ def images_in(folder: Path, recursive: bool = False, suffixes: Collection[str] =
             folders[:] = [name for name in folders if recursive and not name.startswith(".")]
     except OSError as error:
         raise PhotographError(f"{error.filename}: cannot be listed ({error.strerror}); give another folder") from error
-    return sorted(images)  # the order of a directory differs between machines
+    # The order of a directory differs between machines, and so does that of paths: Windows knows no capitals.
+    return sorted(images, key=lambda path: path.parts)
 
 
 def _raise(error: OSError) -> None:

@@ -168,8 +168,10 @@ class Subject:
         """The most bytes so far, of the GPU or else of the whole process."""
         if self.device.type == "cuda":
             return {MEMORY: torch.cuda.max_memory_allocated()}
-        import resource  # not on Windows
-
+        try:
+            import resource
+        except ImportError:  # Windows
+            return {}
         unit = 1 if sys.platform == "darwin" else 1024
         return {MEMORY: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
@@ -594,7 +596,8 @@ class Measurer:
     """A process that measures what it is asked for."""
 
     def __init__(self, kind: type, flags: Sequence[str]) -> None:
-        context = multiprocessing.get_context("forkserver")
+        methods = multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_answer, args=(kind, flags, theirs))
         self.process.start()

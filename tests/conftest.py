@@ -15,6 +15,8 @@ from train_utils.synthetic_drive import synthetic_photograph, write_synthetic_dr
 
 SMALL_RUN = ["--device", "cpu", "--base-c", "4", "--base-size", "80", "--crop-size", "48", "--lr", "0.05"]
 
+on_posix = pytest.mark.skipif(os.name == "nt", reason="of names, pipes, signals or limits that Windows does not have")
+
 # Sums depend on the number of threads in the last bits, and the processes that tests start have one.
 torch.set_num_threads(1)
 

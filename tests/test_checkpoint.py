@@ -1,5 +1,4 @@
 import argparse
-import errno
 import os
 import pickle
 
@@ -9,6 +8,7 @@ import torch
 from my_dataset import DRIVE_MEAN, DRIVE_STD
 from src import create_model
 from src.weights import CheckpointError
+from tests.conftest import on_posix
 from train_utils import load_checkpoint, load_model, save_checkpoint
 from train_utils.files import OutputError, make_output_folder, replace_whole
 
@@ -184,6 +184,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
+@on_posix
 def test_a_device_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(OutputError, match="fifo: cannot be written .it is a folder or a device.; choose another name"):
@@ -193,6 +194,6 @@ def test_a_device_is_not_replaced(tmp_path):
 
 def test_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match=f"--output-dir .*file.*{os.strerror(errno.ENOTDIR)}"):
+    with pytest.raises(OutputError, match="--output-dir .*file.weights: cannot be written"):
         make_output_folder(tmp_path / "file" / "weights", "--output-dir")
     assert make_output_folder(tmp_path / "new" / "folder", "--output-dir").is_dir()

@@ -128,7 +128,7 @@ def test_a_label_of_two_photographs(tmp_path):
 
 
 def test_parts(tmp_path):
-    with pytest.raises(DatasetError, match="looked for .*training/images .*Give the folder"):
+    with pytest.raises(DatasetError, match="looked for .*training.images .*Give the folder"):
         find_parts(tmp_path)
     assert find_parts(plain(tmp_path / "plain", 1)) == {"all": tmp_path / "plain"}
     for part in ("training", "test"):
@@ -138,7 +138,7 @@ def test_parts(tmp_path):
     shutil.rmtree(tmp_path / "DRIVE" / "training")
     assert list(find_parts(tmp_path)) == ["test"]
     assert len(photographs_to_score(tmp_path)) == 2
-    with pytest.raises(DatasetError, match="has no training photographs; put them into .*training/images"):
+    with pytest.raises(DatasetError, match="has no training photographs; put them into .*training.images"):
         Split().divide(tmp_path)
     plain(tmp_path / "DRIVE" / "train", 2)
     with pytest.raises(DatasetError, match="has no training photographs; rename .*train to training"):

@@ -79,7 +79,7 @@ def test_data_path_may_be_the_drive_folder_itself(shared_drive):
 
 def test_wrong_folder_says_what_was_looked_for_and_found(tmp_path):
     (tmp_path / "CHASE").mkdir()
-    with pytest.raises(DatasetError, match=r"looked for .*DRIVE/training/images .*found there: CHASE\. Give"):
+    with pytest.raises(DatasetError, match=r"looked for .*DRIVE.training.images .*found there: CHASE\. Give"):
         DriveDataset(tmp_path, train=True)
     with pytest.raises(DatasetError, match="there is no such folder"):
         DriveDataset(tmp_path / "nowhere", train=True)

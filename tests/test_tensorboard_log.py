@@ -37,12 +37,12 @@ def test_every_epoch_is_written(shared_drive, working_directory, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     flags = ["--data-path", str(shared_drive), *SMALL_RUN, "--output-dir", "out", "--tensorboard"]
     train.main(train.parse_args([*flags, "--epochs", "2"]))
-    assert written[0] == ("out/tensorboard", 0) and written[-1] == "flush"
+    assert written[0] == (str(Path("out/tensorboard")), 0) and written[-1] == "flush"
     for tag in ("train_loss", "lr", "dice", "iou_1"):
         assert [step for name, step in filter(lambda entry: entry[0] == tag, written)] == [0, 1]
     written.clear()
     train.main(train.parse_args([*flags, "--epochs", "3", "--resume", "auto"]))
-    assert written[0] == ("out/tensorboard", 2) and ("dice", 2) in written and ("dice", 1) not in written
+    assert written[0] == (str(Path("out/tensorboard")), 2) and ("dice", 2) in written and ("dice", 1) not in written
 
 
 def test_events_can_be_read_back(tmp_path):

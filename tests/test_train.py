@@ -15,7 +15,7 @@ import compute_mean_std
 import predict
 import train
 from src.errors import DatasetError
-from tests.conftest import SMALL_RUN, refusal
+from tests.conftest import SMALL_RUN, on_posix, refusal
 from tests.test_checkpoint import save_as_the_tutorial
 from train_utils import fit, load_checkpoint
 from train_utils.scoring.score import score_weights
@@ -173,7 +173,7 @@ def test_a_nan_loss_saves_nothing(shared_drive, working_directory, capsys):
     capsys.readouterr()
     flags = ("--data-path", str(shared_drive), "--epochs", "5", "--lr", "1e30", "--resume", "auto")
     message = fails(capsys, *flags)
-    assert "became" in message and "--resume save_weights/last_model.pth" in message
+    assert "became" in message and f"--resume {Path('save_weights/last_model.pth')}" in message
     assert {path: path.read_bytes() for path in Path("save_weights").glob("*.pth")} == before
 
 
@@ -192,7 +192,7 @@ def test_out_of_memory_says_which_flags_to_lower(shared_drive, working_directory
     monkeypatch.setattr(fit, "train_one_epoch", out_of_memory)
     line = fails(capsys, "--data-path", str(shared_drive), "--epochs", "2", "--resume", "auto")
     advice = "lower --batch-size 4 or --crop-size 48, or add --amp; the last whole state is in save_weights"
-    assert advice in line and "--resume save_weights/last_model.pth" in line
+    assert advice in line and f"--resume {Path('save_weights/last_model.pth')}" in line
     monkeypatch.undo()
     monkeypatch.chdir(working_directory)
     monkeypatch.setitem(score_weights.__globals__, "measure", out_of_memory)
@@ -200,6 +200,7 @@ def test_out_of_memory_says_which_flags_to_lower(shared_drive, working_directory
     assert "name fewer or smaller photographs by --data-path" in fails(capsys, *flags)
 
 
+@on_posix
 def test_a_closed_terminal(shared_drive, tmp_path):
     command = [sys.executable, str(PROJECT / "train.py"), "--data-path", str(shared_drive), *SMALL_RUN, "--epochs", "1"]
     done = subprocess.run(f"{shlex.join(command)} 1>&-", shell=True, cwd=tmp_path, stderr=subprocess.PIPE)
@@ -248,10 +249,10 @@ def test_best_weights_in_the_folder_of_an_earlier_run(shared_drive, working_dire
     run(shared_drive, "--epochs", "2", "--output-dir", "earlier")
     run(shared_drive, "--epochs", "3", "--output-dir", "later", "--resume", "earlier/last_model.pth")
     output = capsys.readouterr().out
-    assert "later/best_model.pth: not written by this run\n" in output and "scores of later" not in output
+    assert f"{Path('later/best_model.pth')}: not written by this run\n" in output and "scores of later" not in output
     assert output.endswith(
-        "best Dice 0.999; the best weights are of an epoch before earlier/last_model.pth; those of the last epoch are "
-        "in later\n"
+        f"best Dice 0.999; the best weights are of an epoch before {Path('earlier/last_model.pth')}; those of the last "
+        "epoch are in later\n"
     )
 
 
@@ -352,8 +353,9 @@ def test_wrong_files(shared_drive, working_directory, capsys):
     assert "--device toaster: no such device" in fails(capsys, *data, "--device", "toaster")
     assert "gone.pth: no such file of weights" in fails(capsys, *data, "--resume", "gone.pth")
     Path("folder").mkdir()
-    Path("folder/best_model.pth").touch()
-    assert "folder: is no file (a folder, a FIFO or a device); give folder/best_model.pth" in fails(
+    best = Path("folder/best_model.pth")
+    best.touch()
+    assert f"folder: is no file (a folder, a FIFO or a device); give {best}" in fails(
         capsys, *data, "--resume", "folder"
     )
     Path("text.pth").write_text("no weights")
@@ -362,7 +364,9 @@ def test_wrong_files(shared_drive, working_directory, capsys):
     assert "bare.pth: holds weights but no 'optimizer'" in fails(capsys, *data, "--resume", "bare.pth")
     save_as_the_tutorial("wide.pth", train.create_model(base_c=8))
     assert "--base-c" in fails(capsys, *data, "--resume", "wide.pth")
-    assert "--output-dir text.pth/out: cannot be written" in fails(capsys, *data, "--output-dir", "text.pth/out")
+    assert f"--output-dir {Path('text.pth/out')}: cannot be written" in fails(
+        capsys, *data, "--output-dir", "text.pth/out"
+    )
     assert "--start-epoch 5: leaves nothing" in fails(capsys, *data, "--start-epoch", "5", "--epochs", "2")
     assert "--test-only" in fails(capsys, *data, "--test-only")
     assert not list(Path().glob("results*"))
@@ -405,6 +409,7 @@ def test_the_demo_says_what_to_try_next(shared_drive, working_directory, capsys)
     assert "now try" not in capsys.readouterr().out
 
 
+@on_posix
 def test_ctrl_c_says_where_the_last_state_lies(shared_drive, working_directory):
     command = [sys.executable, PROJECT / "train.py", "--data-path", shared_drive, *SMALL_RUN, "--epochs", "10000"]
     # Where the tests run in the background of a shell, they and their children ignore SIGINT.

@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
-from torch.distributed import HashStore
+import torch.distributed
 
 import train
 import train_multi_GPU
@@ -190,7 +189,9 @@ def joined(monkeypatch):
         lambda backend, store, rank, world_size: calls.append((backend, rank, world_size)),
     )
     monkeypatch.setattr(
-        distributed_utils, "rendezvous", lambda url, rank, world_size: iter([(HashStore(), rank, world_size)])
+        distributed_utils,
+        "rendezvous",
+        lambda url, rank, world_size: iter([(torch.distributed.HashStore(), rank, world_size)]),
     )
     monkeypatch.setattr(distributed_utils, "_agree_on_attempt", lambda store, rank, world_size: "attempt")
     for name in list(os.environ):
@@ -311,7 +312,7 @@ def test_processes_that_cannot_meet(monkeypatch, joined):
 
 def test_attempts_never_share_their_keys():
     """Three starts at one store: each meets under a name of its own, whatever the ones before left behind."""
-    store, names = HashStore(), []
+    store, names = torch.distributed.HashStore(), []
     for _ in range(3):
         with ThreadPoolExecutor(3) as processes:
             joined = list(processes.map(lambda rank: distributed_utils._agree_on_attempt(store, rank, 3), range(3)))

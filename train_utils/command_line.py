@@ -16,8 +16,10 @@ import torch
 
 from src.errors import UserError
 
+from .files import WINDOWS
 from .memory import keep_freed_memory
 
+NOT_READ = (errno.EPIPE, errno.EINVAL) if WINDOWS else (errno.EPIPE,)  # of a pipe whose other end is closed
 Flags = argparse._ActionsContainer  # a parser, or a group of its flags
 
 
@@ -160,6 +162,15 @@ def select_device(name: str, index: int = 0) -> torch.device:
     return device
 
 
+def _lines_are_read() -> bool:
+    """False where whoever read the lines, such as `head`, has ended."""
+    try:
+        print(flush=True)
+    except OSError as error:
+        return error.errno not in NOT_READ
+    return True
+
+
 def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Run a script's `main`; a UserError ends in one line on stderr and exit status 1.
 
@@ -172,15 +183,11 @@ def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namesp
             stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
-    except BrokenPipeError:
-        try:
-            print(flush=True)
-        except BrokenPipeError:  # whoever read the lines, such as `head`, has ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)  # 128 and the number of the signal, as shells say it
-        raise
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
+            if error.errno in NOT_READ and not _lines_are_read():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(141)  # 128 and the number of the signal, as shells say it
             if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
                 raise
             error = UserError(f"{error.filename}: no such file or folder ({error.strerror}); correct the path")
