@@ -194,6 +194,6 @@ def test_a_device_is_not_replaced(tmp_path):
 
 def test_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match="--output-dir .*file.weights: cannot be written"):
+    with pytest.raises(OutputError, match=r"--output-dir .*file.weights: cannot be written \(.+\); choose another"):
         make_output_folder(tmp_path / "file" / "weights", "--output-dir")
     assert make_output_folder(tmp_path / "new" / "folder", "--output-dir").is_dir()

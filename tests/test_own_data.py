@@ -583,9 +583,7 @@ def test_changed_labels_are_seen(own, working_directory, capsys):
     for name in ("first", "second"):
         shutil.copytree(own, f"{name}/eyes")
     for path in Path("second/eyes/labels").glob("26*"):
-        with Image.open(path) as image:
-            turned = image.rotate(180)
-        turned.save(path)
+        Image.open(path).rotate(180).save(path)
     for path in Path("second/eyes/images").glob("25*"):
         path.write_bytes(path.read_bytes() + bytes(1))
     run("--data-path", "first/eyes", "--epochs", 1)
@@ -837,9 +835,7 @@ def test_a_label_among_the_photographs_is_refused(shared_drive, working_director
 def test_test_only_tells_of_labels_and_roi_masks(own, tmp_path, working_directory, capsys):
     shutil.copytree(own, tmp_path / "own")
     label = next((tmp_path / "own" / "labels").iterdir())
-    with Image.open(label) as image:
-        inverted = ImageOps.invert(image.convert("L"))
-    inverted.save(label)
+    ImageOps.invert(Image.open(label).convert("L")).save(label)
     shutil.rmtree(tmp_path / "own" / "masks")
     run("--data-path", own, "--epochs", 1)
     (working_directory / "found").mkdir()

@@ -15,6 +15,7 @@ from PIL import Image
 
 import predict
 from src.errors import DatasetError
+from tests.conftest import on_posix
 from tests.test_predict import fails, files, make_model, run, save, table
 from train_utils.files import OutputError
 from train_utils.prediction_report import THUMBNAILS, thumbnail_paths, write_report, write_thumbnail
@@ -24,7 +25,7 @@ from train_utils.synthetic_drive import synthetic_photograph
 COLUMNS = ("width", "vessel_share")
 ENTITIES = "&lt;b&gt;.jpg"
 HOSTILE = ["</script><script>alert(1)</script>.jpg", "\"' onerror=alert(1) x=.jpg", ENTITIES, "a b#?%41.jpg"]
-NOT_UTF8 = os.fsdecode(b"odd\xe2\xff<i>.jpg")
+NOT_UTF8 = b"odd\xe2\xff<i>.jpg".decode(errors="surrogateescape")
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,7 @@ def test_places_that_cannot_be_written(tmp_path, weights, photographs, capsys):
     assert f"--report {tmp_path / THUMBNAILS}: cannot be written" in message
 
 
+@on_posix
 def test_names_that_are_not_utf8(tmp_path, weights, photographs):
     (photographs / "a.png").rename(photographs / NOT_UTF8)
     run("--weights", weights, "--image", photographs / NOT_UTF8, "--output", tmp_path / "out", "--report")

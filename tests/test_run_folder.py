@@ -16,7 +16,7 @@ import torch
 import train
 import train_multi_GPU
 from src.errors import UserError
-from tests.conftest import SMALL_RUN, refusal
+from tests.conftest import SMALL_RUN, on_posix, refusal
 from tests.processes import PROJECT, clean_environment, in_processes
 from tests.test_resume import interrupt_in
 from tests.test_train import evaluations
@@ -188,8 +188,10 @@ def start(data, *flags):
     raise AssertionError(process.stderr.read())
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
-def test_a_second_run_waits_for_the_end_of_the_first(shared_drive, working_directory, end):
+@on_posix
+@pytest.mark.parametrize("signal_name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGKILL"])
+def test_a_second_run_waits_for_the_end_of_the_first(shared_drive, working_directory, signal_name):
+    end = signal.Signals[signal_name]
     first = start(shared_drive, "-j", "2")  # its loading processes may outlive it
     try:
         for flag in (["--overwrite"], ["--resume", "auto"]):

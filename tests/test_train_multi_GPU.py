@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch.distributed
+import torch
+from torch.distributed import FileStore
 
 import train
 import train_multi_GPU
@@ -78,7 +79,10 @@ def test_a_batch_that_is_not_full_is_left_out(shared_drive, working_directory):
 
 def test_wrong_device_and_folder(shared_drive, working_directory, capsys):
     Path("file").touch()
-    for flag, value, named in (("--device", "toaster", "--device toaster: no"), ("--output-dir", "file/a", "file/a: ")):
+    for flag, value, named in (
+        ("--device", "toaster", "--device toaster: no"),
+        ("--output-dir", "file/a", f"{Path('file/a')}: "),
+    ):
         with pytest.raises(SystemExit):
             run_script(train_multi_GPU.main, parse(shared_drive, flag, value))
         error = capsys.readouterr().err
@@ -92,7 +96,10 @@ def fail_on_the_main_process(meeting_point, data):
 
 def test_an_error_of_the_main_process_alone_is_one_line_in_all(shared_drive, tmp_path):
     printed = in_processes(fail_on_the_main_process, 2, tmp_path, f"file://{tmp_path}/meet", shared_drive)
-    assert printed[0].splitlines()[-1].endswith("(Not a directory); choose another folder")
+    last = printed[0].splitlines()[-1]
+    assert f"--output-dir {Path('file/folder')}: cannot be written (" in last and last.endswith(
+        "; choose another folder"
+    )
     assert "Traceback" not in "".join(printed)
 
 
@@ -180,7 +187,7 @@ def test_too_many_processes_say_which_flag_to_change():
 
 
 @pytest.fixture
-def joined(monkeypatch):
+def joined(monkeypatch, tmp_path):
     """What init_distributed_mode would have joined."""
     calls = []
     monkeypatch.setattr(
@@ -191,7 +198,7 @@ def joined(monkeypatch):
     monkeypatch.setattr(
         distributed_utils,
         "rendezvous",
-        lambda url, rank, world_size: iter([(torch.distributed.HashStore(), rank, world_size)]),
+        lambda url, rank, world_size: iter([(FileStore(str(tmp_path / "store")), rank, world_size)]),
     )
     monkeypatch.setattr(distributed_utils, "_agree_on_attempt", lambda store, rank, world_size: "attempt")
     for name in list(os.environ):
@@ -310,9 +317,9 @@ def test_processes_that_cannot_meet(monkeypatch, joined):
         init_distributed_mode(distributed_args())
 
 
-def test_attempts_never_share_their_keys():
+def test_attempts_never_share_their_keys(tmp_path):
     """Three starts at one store: each meets under a name of its own, whatever the ones before left behind."""
-    store, names = torch.distributed.HashStore(), []
+    store, names = FileStore(str(tmp_path / "store")), []
     for _ in range(3):
         with ThreadPoolExecutor(3) as processes:
             joined = list(processes.map(lambda rank: distributed_utils._agree_on_attempt(store, rank, 3), range(3)))
