@@ -1,6 +1,7 @@
 import argparse
 import contextlib
 import copy
+import os
 import shutil
 import warnings
 
@@ -312,8 +313,8 @@ def test_both_paths_draw_the_same_augmentations(larger_drive, augmentation):
         (image, label), (other_image, other_label) = (items[seed % 2, seed] for items in (on_host, on_device))
         assert image.dtype == other_image.dtype and label.dtype == other_label.dtype
         difference = (image - other_image).abs()
-        # PyTorch 2.6 rounds more: in the mean 0.16 levels, where 2.14 has 0.005.
-        mean = 0.2 if torch.__version__.startswith("2.6.") else 0.02
+        # PyTorch 2.6 and that for Windows round more: in the mean 0.16 levels, where 2.14 has 0.005.
+        mean = 0.2 if torch.__version__.startswith("2.6.") or os.name == "nt" else 0.02
         assert difference.mean() < mean * GREY_LEVEL and difference.max() < 1.01 * GREY_LEVEL
         # Where the centre of a pixel falls between two others, one takes the upper and one the lower of them.
         assert (label != other_label).float().mean() < 0.005
