@@ -1,4 +1,5 @@
 import csv
+import errno
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ from tests.conftest import on_posix, refusal
 from tests.pictures import disc
 from tests.test_checkpoint import RunsCode, save_as_the_tutorial
 from tests.test_photograph import make_broken
-from train_utils import load_model, prediction_table, save_checkpoint
+from train_utils import command_line, load_model, prediction_table, save_checkpoint
 from train_utils.command_line import run_script
 from train_utils.data_loading import evaluation_loader
 from train_utils.files import sha256_of, write_csv
@@ -561,6 +562,21 @@ def test_whoever_reads_the_lines_may_end(tmp_path, weights, photographs):
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_on_windows_a_closed_pipe_is_an_invalid_argument(monkeypatch):
+    def main(args):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(command_line, "NOT_READ", (errno.EPIPE, errno.EINVAL))
+    with pytest.raises(OSError, match="Invalid argument"):  # where the lines are read, it is another error
+        run_script(main, None)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed, pytest.raises(SystemExit) as stopped:
+        monkeypatch.setattr(sys, "stdout", closed)
+        run_script(main, None)
+    assert stopped.value.code == 141
 
 
 def test_pictures_of_a_mask_that_was_replaced_go(segmented, capsys):

@@ -198,6 +198,7 @@ def test_failures_and_then_the_least_reliable_come_first(tmp_path):
     assert page.names == list("ecdf")
 
 
+@on_posix
 def test_no_name_can_do_harm(tmp_path):
     names = [*HOSTILE, NOT_UTF8]
     plain = Page(write(tmp_path, ["a", "b"], {"c": "c: broken"}))
@@ -301,6 +302,7 @@ def in_browser(page, script):
     return json.loads(unquote_to_bytes(steps[1]))
 
 
+@on_posix
 @pytest.mark.browser
 def test_sort_and_switch_in_a_browser(tmp_path):
     names = ["c", "b10", ENTITIES, NOT_UTF8, "b9"]

@@ -90,6 +90,8 @@ Bicubic sampling (the crops that are resampled) finds more: sensitivity +0.0042 
 (0.0004, average precision 0.9186). Weights of the first line, scored over other views (`--test-only --resume
 last_model.pth --fold K/2 --amp --tta --tta-scales ...`), have less average precision: over 0.8 1 1.25 by fold 0.9127
 and 0.8856, over 1 1.2 0.9143 and 0.8850. The drop-out is of whole channels, 0.3 of the output of `down4`.
+The mean of the probabilities of these three runs (by hand) has 0.8131 (+0.0003, 0.0004), ROC-AUC by fold 0.9820 and
+0.9766 (one of them: 0.9817 and 0.9765), so an ensemble gains as little here as on 37-40.
 
 Deep supervision and bend=0.01 together (at commit 4a04ce8, paired with the first line) have 0.8106 (-0.0022, 0.0024,
 higher in 8 of 20), average precision 0.9187 and 0.8908: what they find is ranked as before, but they find less of it
