@@ -108,7 +108,7 @@ def test_every_photograph_is_on_the_page(tmp_path, weights, photographs):
     assert "3 of 4 photographs segmented, 1 failed. <strong>Not a medical device.</strong>" in page.text
     rows = {row["file"]: row for row in table(out)}
     for card in page.cards[1:]:
-        row = rows[card["h2"]]
+        row = rows[Path(card["h2"]).as_posix()]
         assert card["dt"] == "".join(column.replace("_", " ") for column in FACTS)
         assert card["dd"] == "".join(row[column] for column in FACTS)
         assert card["links"] == [f"{Path(row['file']).stem}_vessels.png".encode()]
