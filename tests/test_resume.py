@@ -135,7 +135,7 @@ def test_training_on_all_does_not_replace_the_best_of_a_validated_run(shared_dri
     best = LAST.with_name("best_model.pth")
     before = best.read_bytes()
     with pytest.raises(
-        UsageError, match=r"--train-on-all: the run of save_weights/last_model.pth holds photographs out"
+        UsageError, match=r"--train-on-all: the run of save_weights.last_model.pth holds photographs out"
     ):
         run(shared_drive, "--epochs", 2, "--resume", "auto", "--train-on-all")
     assert best.read_bytes() == before

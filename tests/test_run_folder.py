@@ -90,7 +90,7 @@ def test_a_better_later_epoch_is_not_replaced_unasked(shared_drive, working_dire
     before, resumed = weights_in(WEIGHTS), WEIGHTS / "model_0.pth"
     again = ["--data-path", shared_drive, *ONE, "--epochs", 4, "--resume"]
     error = refusal(capsys, train, *again, resumed, "--output-dir", "./save_weights")
-    assert "save_weights/model_0.pth: going on after its epoch 0 would replace what --output-dir save_weights" in error
+    assert f"{resumed}: going on after its epoch 0 would replace what --output-dir save_weights" in error
     assert "up to epoch 2, with a better Dice); give another --output-dir, or --overwrite" in error
     assert weights_in(WEIGHTS) == before
     run(shared_drive, "--epochs", 2, "--resume", resumed, "--output-dir", "other")
@@ -217,6 +217,7 @@ def test_an_error_leaves_no_lock(shared_drive, working_directory, monkeypatch):
     assert not Path(WEIGHTS, "run.lock").exists()
 
 
+@on_posix
 def test_a_lock_that_its_owner_removed_is_taken_anew(working_directory, monkeypatch):
     """The owner ends between the opening and the locking of its file."""
     path, whole, calls = Path("run.lock"), lock._lock, []

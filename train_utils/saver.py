@@ -40,7 +40,7 @@ class Saver:
         self._newest = self._state.checkpoint()
         if improved:
             self._best = self._newest
-        has_rested = self._writing is None or (self._writing.done() and time.monotonic() >= self._writing.result())
+        has_rested = self._writing is None or (self._writing.done() and time.perf_counter() >= self._writing.result())
         if has_rested or not self._may_rest:
             self._write()
 
@@ -63,13 +63,13 @@ class Saver:
 
 
 def _write(state: TrainingState, newest: Checkpoint, best: Checkpoint | None) -> float:
-    """Write the files; return until when to rest, by `time.monotonic`."""
-    began, folder = time.monotonic(), Path(state.args.output_dir)
+    """Write the files; return until when to rest, by `time.perf_counter`."""
+    began, folder = time.perf_counter(), Path(state.args.output_dir)
     if not state.args.save_best:
         save_checkpoint(newest, folder / f"model_{newest['epoch']}.pth")
     if best is not None:
         save_checkpoint(best, folder / BEST_MODEL)
     save_checkpoint(newest, folder / LAST_MODEL)
     state.results.write(newest["history"])
-    ended = time.monotonic()
+    ended = time.perf_counter()
     return ended + REST * (ended - began)
