@@ -1,3 +1,4 @@
+import os
 import re
 
 import numpy as np
@@ -19,7 +20,7 @@ def flags(shared_drive):
 def numbers_of(table):
     """Its cells by row; all that must be there is there and positive."""
     rows = {cells[1]: cells[2:-1] for cells in ([cell.strip() for cell in line.split("|")] for line in table[2:])}
-    assert tuple(rows) == benchmark.ROWS
+    assert list(rows) == [row for row in benchmark.ROWS if row != benchmark.MEMORY or os.name != "nt"]
     for row, (*amounts, limit, project_to_limit) in rows.items():
         given = amounts[:1] if row == benchmark.BUSY else amounts  # of this project alone
         assert all(float(re.match(r"[\d.e+-]+", cell)[0]) > 0 for cell in given), row
